@@ -32,7 +32,8 @@ def options(cls: type[T]) -> type[T]:
         for name in kwargs:
             if name not in names:
                 raise TypeError(
-                    f"{cls.__name__} has no option {name!r}.{suggest(name, names)} Its options: {', '.join(names) or 'none'}."
+                    f"{cls.__name__} has no option {name!r}.{suggest(name, names)} "
+                    f"Its options: {', '.join(names) or 'none'}."
                 )
         generated(self, *args, **kwargs)
 
@@ -57,6 +58,7 @@ def require(instance: object, base: type, argument: str) -> None:
 
 def _subclasses(base: type) -> set[type]:
     found: set[type] = set()
-    for sub in base.__subclasses__():
+    direct: list[type] = base.__subclasses__()
+    for sub in direct:
         found |= {sub} | _subclasses(sub)
     return {c for c in found if not getattr(c, "__abstractmethods__", None)}

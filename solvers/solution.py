@@ -51,7 +51,7 @@ _ADVICE = {
     Status.MAX_STEPS: "raise max_steps, loosen rtol or atol, or choose a stronger solver",
     Status.NON_FINITE: "look at the inputs of that sample, or at where the function overflows",
     Status.STAGNATED: "loosen rtol or atol, compute in float64, or make the function more contractive",
-    Status.STEP_UNDERFLOW: "loosen rtol or atol, compute in float64, or choose an implicit solver if the problem is stiff",
+    Status.STEP_UNDERFLOW: "loosen rtol or atol, compute in float64, or take an implicit solver if it is stiff",
     Status.INFEASIBLE: "loosen the constraints of that sample",
     Status.UNBOUNDED: "bound or regularise the objective of that sample",
     Status.EVENT: "",
@@ -173,7 +173,8 @@ class Solution(Generic[T]):
         kind = Status(int(status[worst]))
         return (
             f"{len(failed)} of {len(status)} samples did not converge. The worst, sample {worst}, {kind.meaning}: "
-            f"residual {float(residual[worst]):.3g} after {int(self.stats.steps[worst])} steps. To change: {kind.advice}."
+            f"residual {float(residual[worst]):.3g} after {int(self.stats.steps[worst])} steps. "
+            f"To change: {kind.advice}."
         )
 
     def check(self, throw: bool | str, context: str) -> None:

@@ -124,7 +124,8 @@ def flatten(state: Any, name: str = "initial value", allow_complex: bool = False
     paths, structure = pytree.tree_flatten_with_path(state)
     if not paths:
         raise StateError(f"{name}: expected a tensor or a structure of tensors, got {state!r}.")
-    leaves, tensors = [], []
+    leaves: list[Leaf] = []
+    tensors: list[Tensor] = []
     for path, tensor in paths:
         where = pytree.keystr(path)
         if not isinstance(tensor, Tensor):
