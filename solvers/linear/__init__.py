@@ -1,0 +1,9 @@
+"""Linear systems, a square one a sample: A x = b behind one interface."""
+
+from .auto import Auto
+from .dense import LU, Cholesky
+from .gmres import GMRES
+from .operator import LinearOperator
+from .solver import LinearSolver
+
+__all__ = ["Auto", "Cholesky", "GMRES", "LU", "LinearOperator", "LinearSolver"]

@@ -1,0 +1,156 @@
+"""GMRES with restarts, batched."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..options import options
+from ..transforms import any_true, inside_transform
+from .restart import Cycle, iterate_in_cycles
+from .solver import IterativeSolver, Result, System, check_count
+
+
+@options
+class GMRES(IterativeSolver):
+    """GMRES(m): the least residual in a Krylov space of at most m dimensions, then again from there.
+
+    For any nonsingular matrix. One application of the operator a step and one more a cycle, which checks the true
+    residual. A step costs four products with the basis, so choose BiCGSTAB where vectors are so long or so many
+    that `restart` of them do not fit in memory, and CG where the matrix is symmetric positive definite. With a small
+    `restart` an indefinite or strongly rotating matrix can stagnate (status STAGNATED); n steps without a
+    restart always suffice.
+
+    The basis is orthogonalised by classical Gram-Schmidt done twice, which is as good as Householder's reflections
+    and takes two products of matrices where modified Gram-Schmidt takes a loop over vectors; the small least-squares
+    problem is solved by Givens rotations in float64. A preconditioner is applied from the right, so that the residual
+    remains that of A x = b.
+
+    Args:
+        rtol: tolerance relative to |b|; None takes 1e-10 in float64 and 1e-5 otherwise.
+        atol: absolute tolerance.
+        max_steps: budget of steps of every sample, over all cycles.
+        restart: steps in a cycle; the basis holds restart + 1 vectors a sample.
+
+    Raises:
+        ValueError: a negative tolerance; restart or max_steps below one.
+
+    Source: Saad and Schultz 1986, algorithm 4; Giraud, Langou and Rozloznik 2005 on Gram-Schmidt done twice.
+    """
+
+    restart: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self, "restart", self.restart)
+
+    def _iterate(self, system: System) -> Result:
+        return iterate_in_cycles(system, self._cycle, self.max_steps)
+
+    def _cycle(self, system: System, r: Tensor, norm: Tensor, active: Tensor, budget: Tensor) -> Cycle:
+        eps = torch.finfo(r.dtype).eps
+        length = min(self.restart, self.max_steps, r.shape[1])
+        precondition = system.precondition or (lambda v: v)
+        basis = Basis(length)
+        # Samples that are done get zero vectors: cheap to mask, and no operator can make a NaN of them.
+        v = basis.append(r * torch.where(active, norm.reciprocal(), 0.0).unsqueeze(1))
+        columns, rotations = [], []
+        last = torch.ones_like(norm, dtype=torch.float64).unsqueeze(1)
+        estimate = norm.double()
+        steps = torch.zeros_like(norm, dtype=torch.int64)
+        ended = torch.zeros_like(active)
+        for step in range(length):
+            w = system.apply(precondition(v))
+            h, w = basis.orthogonalise(w)
+            height = torch.linalg.vector_norm(w, dim=1)
+            h, tall = h.double(), height.double()
+            columns.append(torch.cat([h, tall.unsqueeze(1)], dim=1))
+            # The product Q of all rotations so far is kept by rows. Its last row is the only one that the next rotation
+            # changes, and the only one needed to find that rotation.
+            d = (last * h).sum(1)
+            diagonal = torch.hypot(d, tall)
+            cosine, sine = (d / diagonal).unsqueeze(1), tall / diagonal
+            rotations.append(torch.cat([cosine * last, sine.unsqueeze(1)], dim=1))
+            last = torch.cat([-sine.unsqueeze(1) * last, cosine], dim=1)
+            estimate = estimate * sine
+            steps = steps + active
+            # The Krylov space is invariant: exhausted, and exact unless the matrix is singular in it.
+            broken = tall <= eps * torch.linalg.vector_norm(h, dim=1)
+            ended = ended | (active & (broken | ~(estimate > system.tolerance)))
+            active = active & ~ended & (steps < budget)
+            if step + 1 == length or not any_true(active):
+                break
+            v = basis.append(w * torch.where(active, height.reciprocal(), 0.0).unsqueeze(1))
+        y = _least_squares(columns, rotations, norm, steps, eps)
+        update = precondition(basis.combine(y.to(r.dtype)))
+        return Cycle(update, steps, steps, ended, torch.zeros_like(ended))
+
+
+def _least_squares(columns: list[Tensor], rotations: list[Tensor], norm: Tensor, steps: Tensor, eps: float) -> Tensor:
+    """The minimisers y (batch, k) of | |r| e1 - H y |, every sample with its own number of leading columns.
+
+    Args:
+        columns: those of the Hessenberg matrix H, column j (batch, j + 2).
+        rotations: rows of the orthogonal Q that makes H triangular, row j (batch, j + 2).
+        norm: |r| (batch,).
+        steps: how many columns count (batch,).
+        eps: a diagonal below eps times its column is that of a singular matrix, and its column is left out.
+    """
+    k = len(columns)
+    hessenberg = torch.stack([torch.nn.functional.pad(c, (0, k - 1 - j)) for j, c in enumerate(columns)], dim=2)
+    q = torch.stack([torch.nn.functional.pad(c, (0, k - 1 - j)) for j, c in enumerate(rotations)], dim=1)
+    triangle = torch.matmul(q, hessenberg).triu()
+    diagonal = triangle.diagonal(dim1=1, dim2=2)
+    sound = diagonal.abs() > eps * torch.linalg.vector_norm(hessenberg, dim=1)
+    used = (torch.arange(k, device=norm.device) < steps.unsqueeze(1)) & sound
+    both = used.unsqueeze(1) & used.unsqueeze(2)
+    triangle = torch.where(both, triangle, torch.eye(k, dtype=triangle.dtype, device=triangle.device))
+    right = torch.where(used, q[:, :, 0] * norm.unsqueeze(1), 0.0)
+    return torch.linalg.solve_triangular(triangle, right.unsqueeze(2), upper=True).squeeze(2)
+
+
+class Basis:
+    """Orthonormal vectors of every sample, in one preallocated tensor (batch, capacity, n).
+
+    Inside a functorch transform, where writing into a tensor of another level is not allowed, the tensor is made
+    anew for every vector.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.count = 0
+        self._functional = inside_transform()
+        self._store: Tensor | None = None
+
+    @property
+    def vectors(self) -> Tensor:
+        """(batch, count, n)."""
+        assert self._store is not None
+        return self._store[:, : self.count]
+
+    def append(self, v: Tensor) -> Tensor:
+        """Add v (batch, n), and return it."""
+        self.count += 1
+        if self._functional:
+            row = v.unsqueeze(1)
+            self._store = row if self._store is None else torch.cat([self._store, row], dim=1)
+        else:
+            if self._store is None:
+                self._store = v.new_empty(v.shape[0], self.capacity, v.shape[1])
+            self._store[:, self.count - 1] = v
+        return v
+
+    def orthogonalise(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients h (batch, count) and what remains of w (batch, n): w = h vectors + rest."""
+        vectors = self.vectors
+        # Rows from the left: bmm on a CPU is an order of magnitude slower for the same products written as columns.
+        row = w.unsqueeze(1)
+        first = torch.bmm(row, vectors.mT)
+        row = torch.baddbmm(row, first, vectors, alpha=-1)
+        second = torch.bmm(row, vectors.mT)
+        row = torch.baddbmm(row, second, vectors, alpha=-1)
+        return (first + second).squeeze(1), row.squeeze(1)
+
+    def combine(self, y: Tensor) -> Tensor:
+        """Sum of y_j times vector j, for y (batch, k) with k <= count: (batch, n)."""
+        return torch.bmm(y.unsqueeze(1), self.vectors[:, : y.shape[1]]).squeeze(1)

@@ -1,0 +1,85 @@
+"""Krylov methods in cycles: what a cycle's recursion claims is held against the true residual."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..solution import Status
+from ..transforms import any_true
+from ..tree import norms
+from .solver import Result, System
+
+
+@dataclasses.dataclass
+class Cycle:
+    """What one cycle did.
+
+    Attributes:
+        update: (batch, n) to be added to x.
+        steps: (batch,) steps that the sample took.
+        evaluations: (batch,) applications of the operator that it took part in.
+        ended: (batch,) True where the recursion claims convergence or broke down, False where the cycle was merely
+            full.
+        stop: (batch,) True where another cycle is not worth trying.
+    """
+
+    update: Tensor
+    steps: Tensor
+    evaluations: Tensor
+    ended: Tensor
+    stop: Tensor
+
+
+def iterate_in_cycles(
+    system: System, cycle: Callable[[System, Tensor, Tensor, Tensor, Tensor], Cycle], max_steps: int
+) -> Result:
+    """Run cycles until every sample's true residual is small, or will not become so.
+
+    A cycle that leaves a sample's residual no smaller is undone, so that no sample ends further from its solution
+    (in residual) than it began. A sample is STAGNATED when a full cycle did not reduce its residual (by 0.1 %), or when
+    a cycle whose recursion had ended did not halve it: rounding or a singular matrix allow no better.
+
+    Args:
+        system: the systems.
+        cycle: (system, r, |r|, active, budget) -> Cycle, from the residual r (batch, n), for the samples in `active`,
+            with at most `budget` (batch,) steps each.
+        max_steps: budget of steps of a sample over all cycles.
+    """
+    x, r = system.x0, system.b
+    norm = norms(r)
+    steps = torch.zeros_like(norm, dtype=torch.int64)
+    evaluations = steps
+    if x is not None:
+        r = system.b - system.apply(x)
+        norm, evaluations = norms(r), evaluations + 1
+    finite = norm.isfinite()
+    converged = norm <= system.tolerance
+    stagnated = torch.zeros_like(converged)
+    active = finite & ~converged
+    while any_true(active):
+        done = cycle(system, r, norm, active, max_steps - steps)
+        candidate = done.update if x is None else x + done.update
+        r_new = system.b - system.apply(candidate)
+        norm_new = norms(r_new)
+        better = active & (norm_new < norm)
+        column = better.unsqueeze(1)
+        x = torch.where(column, candidate, 0.0 if x is None else x)
+        r = torch.where(column, r_new, r)
+        steps = steps + done.steps
+        evaluations = evaluations + done.evaluations + active
+        finite = finite & (norm_new.isfinite() | ~active)
+        converged = converged | (better & (norm_new <= system.tolerance))
+        progress = norm_new < norm * torch.where(done.ended, 0.5, 0.999)
+        exhausted = steps >= max_steps
+        stagnated = stagnated | (active & ~converged & (done.stop | ~(progress | exhausted)))
+        norm = torch.where(better, norm_new, norm)
+        active = active & finite & ~converged & ~stagnated & ~exhausted
+    status = torch.full_like(steps, Status.MAX_STEPS)
+    status = torch.where(stagnated, Status.STAGNATED, status)
+    status = torch.where(converged, Status.CONVERGED, status)
+    status = torch.where(finite, status, Status.NON_FINITE)
+    return Result(torch.zeros_like(r) if x is None else x, norm, steps, evaluations, status)

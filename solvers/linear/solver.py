@@ -1,0 +1,183 @@
+"""What all linear solvers share: one interface, checks, precision and scale."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..options import options
+from ..solution import Solution, Stats, Status
+from ..transforms import no_derivatives
+from .operator import LinearOperator
+
+Map = Callable[[Tensor], Tensor]
+
+
+class LinearSolver(abc.ABC):
+    """The base of every solver of A x = b, a square system a sample."""
+
+    def solve(
+        self,
+        operator: LinearOperator,
+        b: Float[Tensor, "batch n"],
+        x0: Float[Tensor, "batch n"] | None = None,
+        preconditioner: Map | None = None,
+    ) -> Solution[Tensor]:
+        """Solve A x = b for every sample; nothing of it is recorded for differentiation.
+
+        Half-precision inputs are solved in float32. Samples stop one by one: the iterate of a sample that is done
+        does not change any more, and a sample with a NaN touches no other.
+
+        Args:
+            operator: A.
+            b: right-hand sides.
+            x0: where an iterative solver starts; zero by default. Direct solvers do not need it and ignore it.
+            preconditioner: v -> M v with M an approximation of A^-1, (batch, n) to (batch, n); for CG it must be
+                symmetric positive definite. Iterative solvers only.
+
+        Returns:
+            `value` (batch, n) in the dtype of b, NaN in the samples with status NON_FINITE. `stats.steps`,
+            `stats.evaluations` (applications of the operator) and `stats.residual` = |b - A x| / |b|, computed
+            from A and x anew where the solver is direct or a Krylov method. Where b is zero x is zero, with residual 0
+            after 0 steps.
+
+        Raises:
+            ValueError: b or x0 of another shape, dtype or device than the operator; a preconditioner for a direct
+                solver.
+        """
+        _check(operator, b, "b")
+        if x0 is not None:
+            _check(operator, x0, "x0")
+        with no_derivatives():
+            return self._solve(operator, b, x0, preconditioner)
+
+    @abc.abstractmethod
+    def _solve(
+        self, operator: LinearOperator, b: Tensor, x0: Tensor | None, preconditioner: Map | None
+    ) -> Solution[Tensor]:
+        """`solve` after the checks, under no_derivatives."""
+
+
+@dataclasses.dataclass
+class System:
+    """A batch of systems as iterative methods see it: in float32 or better, every b of norm one (or zero).
+
+    Attributes:
+        apply: v -> A v.
+        precondition: v -> M v, or None for the identity.
+        b: (batch, n).
+        x0: start (batch, n), or None for zero.
+        tolerance: (batch,) for |b - A x|.
+    """
+
+    apply: Map
+    precondition: Map | None
+    b: Tensor
+    x0: Tensor | None
+    tolerance: Tensor
+
+
+@dataclasses.dataclass
+class Result:
+    """What an iterative method found; every statistic is (batch,)."""
+
+    x: Tensor
+    residual: Tensor
+    steps: Tensor
+    evaluations: Tensor
+    status: Tensor
+
+
+@options
+class IterativeSolver(LinearSolver):
+    """The base of iterative solvers, which stop a sample at |b - A x| <= max(rtol |b|, atol).
+
+    Args:
+        rtol: tolerance relative to |b|; None takes 1e-10 in float64 and 1e-5 otherwise.
+        atol: absolute tolerance.
+        max_steps: budget of steps of every sample.
+
+    Raises:
+        ValueError: a negative or non-finite tolerance; max_steps below one.
+    """
+
+    rtol: float | None = None
+    atol: float = 0.0
+    max_steps: int = 200
+
+    def __post_init__(self) -> None:
+        if self.rtol is not None:
+            check_tolerance(self, "rtol", self.rtol)
+        check_tolerance(self, "atol", self.atol)
+        check_count(self, "max_steps", self.max_steps)
+
+    @abc.abstractmethod
+    def _iterate(self, system: System) -> Result:
+        """Iterate from `system.x0` until every sample is done."""
+
+    def _solve(
+        self, operator: LinearOperator, b: Tensor, x0: Tensor | None, preconditioner: Map | None
+    ) -> Solution[Tensor]:
+        low = operator.dtype in (torch.float16, torch.bfloat16) or b.dtype in (torch.float16, torch.bfloat16)
+        dtype = torch.float32 if low else b.dtype
+        # Scaled by |b|: a float32 gradient of 1e-25 has squares that underflow, and is solved for all the same.
+        scale = torch.linalg.vector_norm(b, dim=1, dtype=torch.float64)
+        zero = scale == 0
+        divisor = scale.masked_fill(zero, 1.0).unsqueeze(1)
+        rtol = self.rtol if self.rtol is not None else (1e-10 if dtype == torch.float64 else 1e-5)
+        system = System(
+            apply=_cast(operator.matvec, operator.dtype, dtype),
+            precondition=preconditioner and _cast(preconditioner, operator.dtype, dtype),
+            b=_divide(b, divisor, dtype),
+            x0=None if x0 is None else _divide(x0, divisor, dtype).masked_fill(zero.unsqueeze(1), 0.0),
+            tolerance=(self.atol / divisor.squeeze(1)).clamp_min(rtol),
+        )
+        result = self._iterate(system)
+        x = _multiply(result.x, divisor, b.dtype)
+        x = x.masked_fill((result.status == Status.NON_FINITE).unsqueeze(1), math.nan)
+        return Solution(x, Stats(result.steps, result.evaluations, result.residual, result.status))
+
+
+def check_tolerance(solver: object, name: str, value: float) -> None:
+    """Raise ValueError unless `value` is a finite number and not negative."""
+    if not (0 <= value < math.inf):
+        raise ValueError(f"{type(solver).__name__}: {name} must be finite and not negative; got {value!r}.")
+
+
+def check_count(solver: object, name: str, value: int) -> None:
+    """Raise ValueError unless `value` is an integer of at least one."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{type(solver).__name__}: {name} must be an integer of at least 1; got {value!r}.")
+
+
+def _check(operator: LinearOperator, tensor: Tensor, name: str) -> None:
+    expected = (operator.batch, operator.size)
+    if tuple(tensor.shape) != expected:
+        raise ValueError(
+            f"{name}: expected shape (batch, n) = {expected} as in the operator; got {tuple(tensor.shape)}."
+        )
+    low = (torch.float16, torch.bfloat16, torch.float32)
+    if tensor.dtype != operator.dtype and not (tensor.dtype in low and operator.dtype in low):
+        raise ValueError(f"{name}: expected dtype {operator.dtype} as in the operator; got {tensor.dtype}.")
+    if tensor.device != operator.device:
+        raise ValueError(f"{name}: expected device {operator.device} as in the operator; got {tensor.device}.")
+
+
+def _cast(function: Map, inner: torch.dtype, outer: torch.dtype) -> Map:
+    if inner == outer:
+        return function
+    return lambda v: function(v.to(inner)).to(outer)
+
+
+def _divide(matrix: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
+    return (matrix / divisor.to(torch.promote_types(matrix.dtype, torch.float32))).to(dtype)
+
+
+def _multiply(matrix: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return (matrix * factor.to(matrix.dtype)).to(dtype)
