@@ -1,0 +1,124 @@
+"""How a rest point becomes differentiable: what an adjoint is given and what it returns."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..fixed_point.driver import Budget, Carry, iterate, start
+from ..fixed_point.method import FixedPointSolver
+from ..fixed_point.problem import Problem
+from ..solution import Stats, Status
+from ..transforms import inside_transform, no_derivatives
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A fixed-point problem with all that its solve needs.
+
+    Attributes:
+        problem: the function, its args and its spec.
+        z0: initial iterate (batch, n).
+        solver: the method; None where the caller left the choice to the adjoint.
+        budget: tolerances and steps.
+        memory: a method's memory to start from, of an earlier solution, or None.
+        trajectory: keep every iterate.
+        report: takes the statistics of the backward solve.
+    """
+
+    problem: Problem
+    z0: Tensor
+    solver: FixedPointSolver
+    budget: Budget
+    memory: object
+    trajectory: bool
+    report: Callable[[Stats], None]
+
+    def run(self, compact: bool = True) -> Carry:
+        """The solve itself, recorded by autograd or not, as the caller's grad mode says."""
+        memory = self.solver.init(self.z0) if self.memory is None else self.memory
+        return iterate(self.problem, self.solver, self.budget, start(self.z0, memory, self.trajectory), compact)
+
+    def rows(self, rows: Tensor) -> Task:
+        """The task of some rows."""
+        memory = None if self.memory is None else self.memory.select(rows)  # type: ignore[attr-defined]
+        return dataclasses.replace(
+            self, problem=self.problem.select(rows), z0=self.z0.index_select(0, rows), memory=memory
+        )
+
+
+class Adjoint(abc.ABC):
+    """A way to differentiate a fixed point. Subclasses hold knobs only."""
+
+    @abc.abstractmethod
+    def solve(self, task: Task) -> Carry:
+        """Solve and return the finished carry, whose `value` carries derivatives."""
+
+
+class RestPointAdjoint(Adjoint):
+    """An adjoint that needs only where the rest point is, not how it was found."""
+
+    def solve(self, task: Task) -> Carry:
+        """Solve without recording, then attach derivatives to the rest point."""
+        with no_derivatives():
+            carry = task.run(compact=not self.needs_memory)
+        z = carry.value.detach()
+        if not wants_derivatives():
+            return dataclasses.replace(carry, value=z)
+        rows = healthy_rows(task.problem, carry.status)
+        if rows is None:
+            return dataclasses.replace(carry, value=self.attach(task.problem, z, carry, task.report))
+
+        def report(stats: Stats) -> None:
+            task.report(spread(stats, rows, len(z)))
+
+        some = dataclasses.replace(carry, memory=carry.memory.select(rows))
+        value = self.attach(task.problem.select(rows), z.index_select(0, rows), some, report)
+        return dataclasses.replace(carry, value=z.index_copy(0, rows, value))
+
+    @property
+    def needs_memory(self) -> bool:
+        """Whether `attach` uses the method's memory of all rows, for which they have to stay together."""
+        return False
+
+    @abc.abstractmethod
+    def attach(self, problem: Problem, z: Tensor, carry: Carry, report: Callable[[Stats], None]) -> Tensor:
+        """z (batch, n), a constant, with derivatives."""
+
+
+def healthy_rows(problem: Problem, status: Tensor) -> Tensor | None:
+    """The rows to record where some broke, since a NaN would reach shared parameters; None for all of them."""
+    batch = len(status)
+    if inside_transform() or not problem.divisible(batch):
+        return None
+    rows = (status != Status.NON_FINITE).nonzero().flatten()
+    return rows if 0 < len(rows) < batch else None
+
+
+def spread(stats: Stats, rows: Tensor, batch: int) -> Stats:
+    """Statistics of some rows as those of the whole batch; the others took no part and are NON_FINITE."""
+
+    def full(part: Tensor, missing: float) -> Tensor:
+        return part.new_full((batch,), missing).index_copy(0, rows, part)
+
+    return Stats(
+        full(stats.steps, 0),
+        full(stats.evaluations, 0),
+        full(stats.residual, float("nan")),
+        full(stats.status, int(Status.NON_FINITE)),
+    )
+
+
+def wants_derivatives() -> bool:
+    """Whether anything is being recorded: a graph, or tangents."""
+    return torch.is_grad_enabled() or forward_level() or inside_transform()
+
+
+def forward_level() -> bool:
+    """Whether a forward-mode level is open outside of torch.func."""
+    return forward_ad._current_level >= 0

@@ -1,0 +1,95 @@
+"""Derivatives of the method's own steps: recorded, or recomputed between checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch.utils import checkpoint
+
+from ..fixed_point.driver import Carry, advance, settle, start
+from ..options import options
+from ..transforms import no_derivatives
+from .base import Adjoint, Task, healthy_rows, wants_derivatives
+from .shared import CheckpointAdjoint
+
+
+@options
+class UnrollAdjoint(Adjoint):
+    """Exact derivatives of the iterates as they are, converged or not, recorded by autograd.
+
+    The reference that the others are measured against, and the only one with a gradient towards the initial value.
+    Memory grows with the number of steps: `CheckpointAdjoint` has the same gradient for less.
+
+    Source: Maclaurin, Duvenaud and Adams 2015, section 2; Domke 2012.
+    """
+
+    def solve(self, task: Task) -> Carry:
+        """Run with the graph being recorded."""
+        return _taped(task, lambda part: part.run(compact=False))
+
+
+class CheckpointedSteps(Adjoint):
+    """`CheckpointAdjoint` for a rest point."""
+
+    def __init__(self, knobs: CheckpointAdjoint) -> None:
+        self.knobs = knobs
+
+    def solve(self, task: Task) -> Carry:
+        """Run once to learn the number of steps, then again in checkpointed segments."""
+        if not wants_derivatives():
+            return task.run(compact=False)
+        return _taped(task, self._segments)
+
+    def _segments(self, task: Task) -> Carry:
+        with no_derivatives():
+            count = task.run(compact=False).count
+        memory = task.solver.init(task.z0) if task.memory is None else task.memory
+        carry = start(task.z0, memory, task.trajectory)
+        if self.knobs.recursive:
+            return settle(_halve(task, carry, count))
+        segments = min(self.knobs.segments or math.isqrt(count - 1) + 1, count)
+        ends = [count * (i + 1) // segments for i in range(segments)]
+        for end in ends:
+            carry = _replayed(task, carry, end)
+        return settle(carry)
+
+
+def _taped(task: Task, run: Any) -> Carry:
+    carry: Carry = run(task)
+    rows = healthy_rows(task.problem, carry.status)
+    if rows is None or not wants_derivatives():
+        return carry
+    # The recording of a broken row would carry its NaN into shared parameters: record the others alone.
+    some: Carry = run(task.rows(rows))
+    value = carry.value.detach().index_copy(0, rows, some.value)
+    return dataclasses.replace(carry, value=value)
+
+
+def _steps(task: Task, carry: Carry, end: int) -> Carry:
+    while carry.count < end and carry.running():
+        carry = advance(task.problem, task.solver, task.budget, carry)
+    return carry
+
+
+def _replayed(task: Task, carry: Carry, end: int) -> Carry:
+    replayed: Carry = checkpoint.checkpoint(_steps, task, carry, end, use_reentrant=False, determinism_check="default")
+    return replayed
+
+
+def _halve(task: Task, carry: Carry, end: int) -> Carry:
+    """Both halves are checkpointed, and inside each again both halves: log2(steps) states are alive at a time."""
+    if end - carry.count <= 1 or not carry.running():
+        return _steps(task, carry, end)
+    middle = (carry.count + end) // 2
+    carry = _replayed_halves(task, carry, middle)
+    return _replayed_halves(task, carry, end)
+
+
+def _replayed_halves(task: Task, carry: Carry, end: int) -> Carry:
+    replayed: Carry = checkpoint.checkpoint(_halve, task, carry, end, use_reentrant=False, determinism_check="default")
+    return replayed
+
+

@@ -1,0 +1,270 @@
+"""The loop that drives every fixed-point method: stopping, freezing, compaction, statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..solution import Stats, Status
+from ..transforms import any_true, inside_transform
+from ..tree import norms
+from .method import Evaluated, FixedPointSolver
+from .problem import Problem
+
+PATIENCE = 60
+"""Evaluations without a new smallest residual after which a row counts as stagnated."""
+
+PROGRESS = 0.999
+"""A residual counts as a new smallest one below this multiple of the last; it absorbs rounding."""
+
+CROWDED = 0.75
+"""Finished rows are taken out of the batch once at most this share of its rows is still running."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """When to stop.
+
+    A row has converged where |r| <= atol + rtol * scale: scale is |f(z)| for a fixed point, and
+    max(|x|, |F(x0)|) for a root. With rtol = atol = 0 the loop runs exactly max_steps.
+    """
+
+    rtol: float
+    atol: float
+    max_steps: int
+
+    @property
+    def endless(self) -> bool:
+        """Whether no residual can be small enough."""
+        return self.rtol == 0 and self.atol == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Carry:
+    """Everything that one evaluation hands to the next; never changed in place.
+
+    Attributes:
+        z: the iterates to be evaluated next (rows, n).
+        memory: the method's.
+        count: evaluations by the loop so far.
+        extra: evaluations by the method so far.
+        active: which rows are running (rows,); None while all are.
+        best: the iterates with the smallest residual so far (rows, n), their residuals and scales (rows,).
+        improved_at: the evaluation that found them: one for all rows, or (rows,).
+        floor: |F(x0)| of a root problem (rows,).
+        value, status, evaluations, residual: the results of the rows that have ended.
+        trajectory: iterates so far, where they were asked for.
+        measured: the last evaluated iterates and their images, to check a compacted batch against.
+    """
+
+    z: Tensor
+    memory: Any
+    best: Tensor
+    best_norm: Tensor
+    best_scale: Tensor
+    value: Tensor
+    status: Tensor
+    evaluations: Tensor
+    residual: Tensor
+    count: int = 0
+    extra: int = 0
+    active: Tensor | None = None
+    improved_at: int | Tensor = 0
+    floor: Tensor | None = None
+    trajectory: tuple[Tensor, ...] | None = None
+    measured: tuple[Tensor, Tensor] | None = None
+
+    def running(self) -> bool:
+        """Whether any row is still running."""
+        return self.active is None or any_true(self.active)
+
+    def select(self, rows: Tensor) -> Carry:
+        """The carry of some rows."""
+
+        def take(t: Any) -> Any:
+            return t.index_select(0, rows) if isinstance(t, Tensor) else t
+
+        changes = {f.name: take(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        changes.update(memory=self.memory.select(rows), active=None, measured=None)
+        return Carry(**changes)
+
+
+def start(z: Tensor, memory: Any, trajectory: bool = False) -> Carry:
+    """The carry before the first evaluation."""
+    wide = torch.float32 if z.dtype in (torch.float16, torch.bfloat16) else z.dtype
+    infinite = z.new_full((len(z),), float("inf"), dtype=wide)
+    zeros = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+    return Carry(
+        z, memory, z, infinite, torch.ones_like(infinite), z, zeros + Status.MAX_STEPS, zeros, infinite,
+        trajectory=(z,) if trajectory else None,
+    )  # fmt: skip
+
+
+def advance(problem: Problem, solver: FixedPointSolver, budget: Budget, carry: Carry) -> Carry:
+    """One evaluation, its bookkeeping, and the method's next iterate."""
+    z = carry.z
+    image, residual = problem.evaluate(z)
+    with torch.no_grad():
+        norm, scale, floor = _measure(problem, z, image, residual, carry)
+        limit = scale * budget.rtol
+        if budget.atol:
+            limit = limit + budget.atol
+        improved = norm < carry.best_norm * PROGRESS
+        ordinary = improved if budget.endless else (norm > limit) & improved
+        if carry.active is not None:
+            ordinary = ordinary | ~carry.active
+        eventful = any_true(~ordinary)
+    count = carry.count + 1
+    if not eventful and carry.active is None:
+        # Every row is running and got better: nothing to freeze, nothing to keep.
+        carry = dataclasses.replace(
+            carry, count=count, best=z, best_norm=norm, best_scale=scale, improved_at=count, floor=floor
+        )
+        active = None
+    else:
+        carry, active = _bookkeeping(carry, budget, z, norm, scale, limit, improved, count, floor)
+        if not any_true(active):
+            return dataclasses.replace(carry, active=active)
+    proposal = solver.propose(problem, Evaluated(z, image, residual, norm), carry.memory)
+    following = proposal.z if active is None else torch.where(active.unsqueeze(1), proposal.z, z)
+    trajectory = None if carry.trajectory is None else (*carry.trajectory, following)
+    return dataclasses.replace(
+        carry, z=following, memory=proposal.memory, active=active, extra=carry.extra + proposal.evaluations,
+        trajectory=trajectory, measured=(z.detach(), image.detach()),
+    )  # fmt: skip
+
+
+def _measure(
+    problem: Problem, z: Tensor, image: Tensor, residual: Tensor, carry: Carry
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    norm = norms(residual.detach())
+    if not problem.root:
+        return norm, norms(image.detach()), None
+    floor = norm if carry.floor is None else carry.floor
+    return norm, torch.maximum(norms(z.detach()), floor), floor
+
+
+def _bookkeeping(
+    carry: Carry, budget: Budget, z: Tensor, norm: Tensor, scale: Tensor, limit: Tensor, improved: Tensor,
+    count: int, floor: Tensor | None,
+) -> tuple[Carry, Tensor]:  # fmt: skip
+    """Retire the rows that have converged, broken or stagnated, and keep the best iterate of the others."""
+    with torch.no_grad():
+        active = torch.ones_like(improved) if carry.active is None else carry.active
+        broken = active & ~torch.isfinite(norm)
+        done = torch.zeros_like(active) if budget.endless else active & (norm <= limit)
+        improved = improved & active
+        improved_at = torch.where(improved, count, carry.improved_at)
+        stale = torch.zeros_like(active) if budget.endless else active & ~done & (count - improved_at >= PATIENCE)
+        ended = broken | done | stale
+        best_norm = torch.where(improved, norm, carry.best_norm)
+        best_scale = torch.where(improved, scale, carry.best_scale)
+        status = torch.where(done, int(Status.CONVERGED), carry.status)
+        status = torch.where(stale, int(Status.STAGNATED), status)
+        status = torch.where(broken, int(Status.NON_FINITE), status)
+        shown = torch.where(stale, relative(best_norm, best_scale), relative(norm, scale))
+        residual = torch.where(ended, shown, carry.residual)
+        evaluations = torch.where(ended, count + carry.extra, carry.evaluations)
+    best = torch.where(improved.unsqueeze(1), z, carry.best)
+    # A converged row is returned where it was measured, any other at its best.
+    final = torch.where(done.unsqueeze(1), z, best)
+    value = torch.where(ended.unsqueeze(1), final, carry.value)
+    carry = dataclasses.replace(
+        carry, count=count, best=best, best_norm=best_norm, best_scale=best_scale, improved_at=improved_at,
+        value=value, status=status, evaluations=evaluations, residual=residual, floor=floor,
+    )  # fmt: skip
+    return carry, active & ~ended
+
+
+def relative(norm: Tensor, scale: Tensor) -> Tensor:
+    """The residual relative to its scale; where the scale is zero, the residual itself."""
+    return torch.where(scale > 0, norm / scale.clamp_min(torch.finfo(scale.dtype).tiny), norm)
+
+
+def settle(carry: Carry) -> Carry:
+    """Give the rows that are still running their result: the budget is used up.
+
+    If a row's last evaluation was its best, the step that it led to is the result; otherwise the best iterate is.
+    """
+    active = torch.ones_like(carry.status, dtype=torch.bool) if carry.active is None else carry.active
+    newest = active & (torch.as_tensor(carry.improved_at, device=active.device) == carry.count)
+    newest = newest & torch.isfinite(norms(carry.z.detach()))
+    final = torch.where(newest.unsqueeze(1), carry.z, carry.best)
+    value = torch.where(active.unsqueeze(1), final, carry.value)
+    with torch.no_grad():
+        residual = torch.where(active, relative(carry.best_norm, carry.best_scale), carry.residual)
+        evaluations = torch.where(active, carry.count + carry.extra, carry.evaluations)
+        # Only a loop that runs without a tolerance gets here with a residual of zero.
+        status = torch.where(active & (residual == 0), int(Status.CONVERGED), carry.status)
+    return dataclasses.replace(carry, value=value, residual=residual, evaluations=evaluations, status=status)
+
+
+def iterate(
+    problem: Problem, solver: FixedPointSolver, budget: Budget, carry: Carry, compact: bool = True
+) -> Carry:
+    """Run to the end, taking finished rows out of the batch where that is possible and pays.
+
+    Args:
+        compact: allow that. It needs `problem.divisible`, is off under torch.func and where a trajectory is kept.
+    """
+    batch = len(carry.z)
+    compact = (
+        compact and batch > 1 and not inside_transform() and carry.trajectory is None and problem.divisible(batch)
+    )
+    result, rows, tried = carry, None, False
+    while carry.count < budget.max_steps and carry.running():
+        carry = advance(problem, solver, budget, carry)
+        if not compact or carry.active is None or carry.count >= budget.max_steps:
+            continue
+        keep = carry.active.nonzero().flatten()
+        if not 0 < len(keep) <= CROWDED * len(carry.z):
+            continue
+        smaller = problem.select(keep)
+        if not tried:
+            tried = True
+            compact = _independent(smaller, carry, keep)
+            carry = dataclasses.replace(carry, extra=carry.extra + 1)
+            if not compact:
+                continue
+        result = _merge(result, carry, rows)
+        rows = keep if rows is None else rows[keep]
+        problem, carry = smaller, carry.select(keep)
+    return _merge(result, settle(carry), rows)
+
+
+def _merge(whole: Carry, part: Carry, rows: Tensor | None) -> Carry:
+    """Write the results of some rows into those of the whole batch."""
+    if rows is None:
+        return part
+    return dataclasses.replace(
+        whole, count=part.count, extra=part.extra,
+        **{
+            name: getattr(whole, name).index_copy(0, rows, getattr(part, name))
+            for name in ("value", "status", "evaluations", "residual")
+        },
+    )  # fmt: skip
+
+
+def _independent(part: Problem, carry: Carry, rows: Tensor) -> bool:
+    """Whether the function of some rows alone is what it was among all rows.
+
+    Not so where it closes over a per-sample tensor, normalises over the batch or draws random numbers.
+    """
+    assert carry.measured is not None
+    z, image = (t[rows] for t in carry.measured)
+    try:
+        alone, _ = part.evaluate(z)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False
+    rounding = torch.finfo(z.dtype).eps ** 0.5
+    return bool((norms(alone - image) <= rounding * norms(image).clamp_min(rounding)).all())
+
+
+def stats_of(carry: Carry) -> Stats:
+    """The per-sample statistics of a finished run."""
+    # A converged row stops at the iterate that its last evaluation measured, which took no further step.
+    steps = (carry.evaluations - (carry.status == Status.CONVERGED).to(torch.int64)).clamp_min(0)
+    return Stats(steps, carry.evaluations, carry.residual, carry.status)

@@ -1,0 +1,56 @@
+"""What a fixed-point method is: an `init` and a `propose`, driven by one loop."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .problem import Problem
+
+
+class Evaluated(NamedTuple):
+    """One evaluation of the problem, all (batch, n) but for `norm` (batch,).
+
+    Attributes:
+        z: the iterate.
+        image: the Picard image z + residual.
+        residual: f(z) - z, or -F(z).
+        norm: the residual's Euclidean norm, without derivatives.
+    """
+
+    z: Tensor
+    image: Tensor
+    residual: Tensor
+    norm: Tensor
+
+
+class Proposal(NamedTuple):
+    """A method's answer.
+
+    Attributes:
+        z: where to evaluate next.
+        memory: what the method wants to have again.
+        evaluations: evaluations that the method made itself, beside the loop's.
+    """
+
+    z: Tensor
+    memory: Any
+    evaluations: int = 0
+
+
+class FixedPointSolver(abc.ABC):
+    """A method for z = f(z) and, through the residual -F, for F(x) = 0.
+
+    Methods are written without in-place operations, so that the same code can be taped by autograd, replayed by
+    a checkpoint and mapped by torch.func.vmap. A method's memory has a method `select(rows)` which takes rows out.
+    """
+
+    @abc.abstractmethod
+    def init(self, z: Tensor) -> Any:
+        """The memory before the first evaluation at `z` (batch, n)."""
+
+    @abc.abstractmethod
+    def propose(self, problem: Problem, at: Evaluated, memory: Any) -> Proposal:
+        """The next iterate after an evaluation."""

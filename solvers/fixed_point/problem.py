@@ -1,0 +1,130 @@
+"""The problem that every method sees: rows z (batch, n), and the residual that is zero at a rest point."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..linear.operator import LinearOperator
+from ..transforms import no_derivatives
+from ..tree import StateSpec
+
+DENSE_LIMIT = 2048
+"""Numbers a sample up to which a Jacobian may be assembled."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """z = f(z) or F(x) = 0 on matrices (batch, n).
+
+    The residual r is f(z) - z, or -F(x): in both, z + r is the next Picard iterate, and the operator that
+    implicit differentiation inverts is A = -dr/dz.
+
+    Attributes:
+        function: the user's.
+        args: passed on to it after the state.
+        spec: how the state lies in the matrix.
+        root: True for F(x) = 0.
+        name: how errors call the function.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    spec: StateSpec
+    root: bool
+    name: str
+
+    def output(self, z: Tensor) -> Tensor:
+        """f(z) or F(z) as a matrix."""
+        state = self.function(self.spec.unflatten(z), *self.args)
+        return self.spec.flatten(state, self.name, cast=torch.is_autocast_enabled(z.device.type))
+
+    def evaluate(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The Picard image z + r and the residual r."""
+        out = self.output(z)
+        if self.root:
+            return z - out, -out
+        return out, out - z
+
+    def residual(self, z: Tensor) -> Tensor:
+        """r(z)."""
+        out = self.output(z)
+        return -out if self.root else out - z
+
+    def divisible(self, batch: int) -> bool:
+        """Whether every tensor in args has the batch in front, so that rows can be taken out."""
+        tensors = [leaf for leaf in pytree.tree_leaves(self.args) if isinstance(leaf, Tensor)]
+        return bool(tensors) and all(t.ndim > 0 and t.shape[0] == batch for t in tensors)
+
+    def select(self, rows: Tensor) -> Problem:
+        """The problem of some rows; only where `divisible`."""
+        args = pytree.tree_map_only(Tensor, lambda t: t.index_select(0, rows), self.args)
+        return dataclasses.replace(self, args=args)
+
+    def linearize(self, z: Tensor) -> LinearOperator:
+        """A = -dr/dz at the constant z, applied by derivatives of one recorded evaluation.
+
+        Not to be used inside torch.func transforms, through which torch.autograd.grad cannot see: `jacobian` can.
+        """
+        with torch.enable_grad():
+            point = z.detach().requires_grad_()
+            out = self.output(point)
+        return operator_of_recording(self, point, out)
+
+    def jacobian(self, z: Tensor) -> Tensor:
+        """A = -dr/dz as matrices (batch, n, n), differentiable in everything wherever derivatives are recorded.
+
+        Raises:
+            ValueError: n is above `DENSE_LIMIT`.
+        """
+        batch, size = z.shape
+        if size > DENSE_LIMIT:
+            raise ValueError(
+                f"{self.name}: under torch.func transforms and in taped Newton steps the Jacobian of a sample is "
+                f"assembled, which is limited to {DENSE_LIMIT} numbers a sample; this state has {size}."
+            )
+        _, pull = torch.func.vjp(self.residual, z)
+        basis = torch.eye(size, dtype=z.dtype, device=z.device)
+        rows = [-pull(basis[i].expand(batch, size))[0] for i in range(size)]
+        return torch.stack(rows, dim=1)
+
+
+def operator_of_recording(problem: Problem, point: Tensor, out: Tensor) -> LinearOperator:
+    """A = -dr/dz from one recorded evaluation `out` of the problem's function at `point`.
+
+    A transposed is a vector-Jacobian product of the recording; A is the derivative of that product with respect to
+    its vector. Both are computed in the recording's type and returned in that of the vector.
+    """
+
+    def pull(v: Tensor) -> Tensor:
+        if not out.requires_grad:
+            return torch.zeros_like(v)
+        with no_derivatives():
+            (product,) = torch.autograd.grad(out, point, v.to(out.dtype), retain_graph=True, allow_unused=True)
+        return torch.zeros_like(v) if product is None else product.to(v.dtype)
+
+    def push(v: Tensor) -> Tensor:
+        if not out.requires_grad:
+            return torch.zeros_like(v)
+        with torch.enable_grad():
+            dummy = torch.zeros_like(out, requires_grad=True)
+            (product,) = torch.autograd.grad(out, point, dummy, create_graph=True, allow_unused=True)
+        if product is None or not product.requires_grad:
+            return torch.zeros_like(v)
+        with no_derivatives():
+            (tangent,) = torch.autograd.grad(product, dummy, v.to(product.dtype), allow_unused=True)
+        return torch.zeros_like(v) if tangent is None else tangent.to(v.dtype)
+
+    if problem.root:
+        matvec, rmatvec = push, pull
+    else:
+        matvec, rmatvec = (lambda v: v - push(v)), (lambda v: v - pull(v))
+    wide = torch.float32 if point.dtype in (torch.float16, torch.bfloat16) else point.dtype
+    return LinearOperator(
+        matvec, rmatvec, batch=len(point), size=point.shape[1], dtype=wide, device=point.device
+    )
