@@ -6,4 +6,4 @@ from .gmres import GMRES
 from .operator import LinearOperator
 from .solver import LinearSolver
 
-__all__ = ["Auto", "Cholesky", "GMRES", "LU", "LinearOperator", "LinearSolver"]
+__all__ = ["GMRES", "LU", "Auto", "Cholesky", "LinearOperator", "LinearSolver"]

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from torch import Tensor
-
 from ..options import options, require
-from ..solution import Solution
 from .dense import LU
 from .gmres import GMRES
-from .operator import LinearOperator
-from .solver import LinearSolver, Map, check_count
+from .solver import LinearSolver, Result, System, check_count
 
 
 @options
@@ -37,9 +33,7 @@ class Auto(LinearSolver):
         require(self.dense, LinearSolver, "dense")
         require(self.iterative, LinearSolver, "iterative")
 
-    def _solve(
-        self, operator: LinearOperator, b: Tensor, x0: Tensor | None, preconditioner: Map | None
-    ) -> Solution[Tensor]:
-        if operator.size <= self.dense_size:
-            return self.dense.solve(operator, b)
-        return self.iterative.solve(operator, b, x0, preconditioner)
+    def _run(self, system: System) -> Result:
+        if system.operator.size <= self.dense_size:
+            return self.dense._run(dataclasses.replace(system, precondition=None))
+        return self.iterative._run(system)

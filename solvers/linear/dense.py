@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from ..options import options
-from ..solution import Solution, Stats, Status
+from ..solution import Status
 from ..tree import norms
-from .operator import LinearOperator
-from .solver import LinearSolver, Map
+from .solver import LinearSolver, Map, Result, System
 
 
 class DirectSolver(LinearSolver):
@@ -22,37 +21,37 @@ class DirectSolver(LinearSolver):
     def _factorise(self, matrix: Tensor) -> tuple[Map, Map, Tensor]:
         """Solve with A and with A^T, (batch, n, k) to (batch, n, k), and a mask (batch,) of failed samples."""
 
-    def _solve(
-        self, operator: LinearOperator, b: Tensor, x0: Tensor | None, preconditioner: Map | None
-    ) -> Solution[Tensor]:
-        if preconditioner is not None:
+    def _run(self, system: System) -> Result:
+        if system.precondition is not None:
             raise ValueError(f"{type(self).__name__} is a direct solver and takes no preconditioner.")
-        dtype = torch.float64 if b.dtype == torch.float64 else torch.float32
-        eps = torch.finfo(dtype).eps
-        matrix, right = operator.dense().to(dtype), b.to(dtype)
+        b, n = system.b, system.operator.size
+        eps = torch.finfo(b.dtype).eps
+        matrix = system.operator.dense().to(b.dtype)
         solve, solve_transposed, failed = self._factorise(matrix)
-        x = solve(right.unsqueeze(2)).squeeze(2)
+        x = solve(b.unsqueeze(2)).squeeze(2)
+        residual = norms(b - torch.bmm(x.unsqueeze(1), matrix.mT).squeeze(1))
+        # Where the residual is more than rounding errors, the factors are those of another matrix: a Cholesky factor
+        # reads the lower triangle alone.
         size = torch.linalg.matrix_norm(matrix, 1)
-        finite = size.isfinite() & right.isfinite().all(1)
-        # Backward stable: a residual of rounding errors only, relative to |A| |x| + |b|. A Cholesky factor of a matrix
-        # that is not symmetric fails here.
-        residual = norms(right - torch.bmm(x.unsqueeze(1), matrix.mT).squeeze(1))
-        scale = norms(right)
-        bound = 10 * operator.size * eps * (size * norms(x) + scale)
-        inverse_size = inverse_norm(solve, solve_transposed, right)
-        regular = (size * inverse_size) < 1 / (2 * eps)
-        status = torch.where(failed | ~(regular & (residual <= bound)), Status.STAGNATED, Status.CONVERGED)
-        status = torch.where(finite, status, Status.NON_FINITE)
-        lost = failed | ~finite | ~x.isfinite().all(1)
+        exact = residual <= 10 * n * eps * (size * norms(x) + system.norm)
+        regular = size * inverse_norm(solve, solve_transposed, b) < 1 / (2 * eps)
+        status = torch.full_like(failed, Status.CONVERGED, dtype=torch.int64)
+        status = status.masked_fill(failed | ~(regular & exact), Status.STAGNATED)
+        # An entry of the matrix or of b, or the overflow of x.
+        finite = (size < math.inf) & (system.norm < math.inf) & (failed | (residual < math.inf))
+        status = status.masked_fill(~finite, Status.NON_FINITE)
+        lost = failed | ~finite
         x = x.masked_fill(lost.unsqueeze(1), math.nan)
-        residual = (residual / scale).masked_fill(lost, math.nan)
-        # As in the iterative solvers, and whatever the matrix: no right-hand side, no solution to look for.
-        zero = scale == 0
-        x = x.masked_fill(zero.unsqueeze(1), 0.0).to(b.dtype)
-        residual, status = residual.masked_fill(zero, 0.0), status.masked_fill(zero, Status.CONVERGED)
-        steps = (~zero).to(torch.int64)
-        evaluations = torch.full_like(status, 0 if operator.assembled else operator.size)
-        return Solution(x, Stats(steps, evaluations, residual, status))
+        residual = system.relative(residual).masked_fill(lost, math.nan)
+        # As in the iterative solvers, and whatever the matrix: where b is zero, so is x.
+        zero = system.norm == 0
+        return Result(
+            x.masked_fill(zero.unsqueeze(1), 0.0),
+            residual.masked_fill(zero, 0.0),
+            (~zero).to(torch.int64),
+            torch.full_like(status, 0 if system.operator.assembled else n),
+            status.masked_fill(zero, Status.CONVERGED),
+        )
 
 
 @options

@@ -44,49 +44,53 @@ class GMRES(IterativeSolver):
         super().__post_init__()
         check_count(self, "restart", self.restart)
 
-    def _iterate(self, system: System) -> Result:
-        return iterate_in_cycles(system, self._cycle, self.max_steps)
+    def _run(self, system: System) -> Result:
+        return iterate_in_cycles(system, self._cycle, self._tolerance(system), self.max_steps)
 
-    def _cycle(self, system: System, r: Tensor, norm: Tensor, active: Tensor, budget: Tensor) -> Cycle:
-        eps = torch.finfo(r.dtype).eps
+    def _cycle(
+        self, system: System, tolerance: Tensor, r: Tensor, norm: Tensor, active: Tensor, budget: Tensor
+    ) -> Cycle:
+        # Below this, relative to the rest of its column, a pivot is rounding noise.
+        noise = 16 * torch.finfo(r.dtype).eps
+        tiny = torch.finfo(r.dtype).tiny
         length = min(self.restart, self.max_steps, r.shape[1])
         precondition = system.precondition or (lambda v: v)
         basis = Basis(length)
         # Samples that are done get zero vectors: cheap to mask, and no operator can make a NaN of them.
-        v = basis.append(r * torch.where(active, norm.reciprocal(), 0.0).unsqueeze(1))
+        v = basis.append(r, active / norm.clamp_min(tiny))
         columns, rotations = [], []
         last = torch.ones_like(norm, dtype=torch.float64).unsqueeze(1)
         estimate = norm.double()
         steps = torch.zeros_like(norm, dtype=torch.int64)
         ended = torch.zeros_like(active)
         for step in range(length):
-            w = system.apply(precondition(v))
-            h, w = basis.orthogonalise(w)
+            h, w = basis.orthogonalise(system.apply(precondition(v)))
             height = torch.linalg.vector_norm(w, dim=1)
-            h, tall = h.double(), height.double()
-            columns.append(torch.cat([h, tall.unsqueeze(1)], dim=1))
+            column = torch.cat([h, height.unsqueeze(1)], dim=1).double()
+            columns.append(column)
             # The product Q of all rotations so far is kept by rows. Its last row is the only one that the next rotation
             # changes, and the only one needed to find that rotation.
-            d = (last * h).sum(1)
+            d = torch.linalg.vecdot(last, column[:, :-1])
+            tall = column[:, -1]
             diagonal = torch.hypot(d, tall)
-            cosine, sine = (d / diagonal).unsqueeze(1), tall / diagonal
-            rotations.append(torch.cat([cosine * last, sine.unsqueeze(1)], dim=1))
-            last = torch.cat([-sine.unsqueeze(1) * last, cosine], dim=1)
-            estimate = estimate * sine
+            cosine, sine = (d / diagonal).unsqueeze(1), (tall / diagonal).unsqueeze(1)
+            rotations.append(torch.cat([last * cosine, sine], dim=1))
+            last = torch.cat([last * -sine, cosine], dim=1)
+            estimate = estimate * sine.squeeze(1)
             steps = steps + active
-            # The Krylov space is invariant: exhausted, and exact unless the matrix is singular in it.
-            broken = tall <= eps * torch.linalg.vector_norm(h, dim=1)
-            ended = ended | (active & (broken | ~(estimate > system.tolerance)))
-            active = active & ~ended & (steps < budget)
+            # Not above the noise: the Krylov space is invariant, exhausted, and exact unless the matrix is singular.
+            going = (estimate > tolerance) & (height > noise * torch.linalg.vector_norm(h, dim=1))
+            ended = ended | (active & ~going)
+            active = active & going & (steps < budget)
             if step + 1 == length or not any_true(active):
                 break
-            v = basis.append(w * torch.where(active, height.reciprocal(), 0.0).unsqueeze(1))
-        y = _least_squares(columns, rotations, norm, steps, eps)
+            v = basis.append(w, active / height.clamp_min(tiny))
+        y = _least_squares(columns, rotations, norm, steps, noise)
         update = precondition(basis.combine(y.to(r.dtype)))
         return Cycle(update, steps, steps, ended, torch.zeros_like(ended))
 
 
-def _least_squares(columns: list[Tensor], rotations: list[Tensor], norm: Tensor, steps: Tensor, eps: float) -> Tensor:
+def _least_squares(columns: list[Tensor], rotations: list[Tensor], norm: Tensor, steps: Tensor, noise: float) -> Tensor:
     """The minimisers y (batch, k) of | |r| e1 - H y |, every sample with its own number of leading columns.
 
     Args:
@@ -94,50 +98,55 @@ def _least_squares(columns: list[Tensor], rotations: list[Tensor], norm: Tensor,
         rotations: rows of the orthogonal Q that makes H triangular, row j (batch, j + 2).
         norm: |r| (batch,).
         steps: how many columns count (batch,).
-        eps: a diagonal below eps times its column is that of a singular matrix, and its column is left out.
+        noise: a diagonal entry below `noise` times its column is that of a singular matrix; the column is left out.
     """
     k = len(columns)
-    hessenberg = torch.stack([torch.nn.functional.pad(c, (0, k - 1 - j)) for j, c in enumerate(columns)], dim=2)
-    q = torch.stack([torch.nn.functional.pad(c, (0, k - 1 - j)) for j, c in enumerate(rotations)], dim=1)
-    triangle = torch.matmul(q, hessenberg).triu()
+    # Both lists, end to end, are the staircase of a (k, k + 1) matrix; its zeros are put in by one gather.
+    row = torch.arange(k, device=norm.device)
+    line = torch.arange(k + 1, device=norm.device)
+    filled = line <= row.unsqueeze(1) + 1
+    place = ((row * (row + 3) // 2).unsqueeze(1) + line) * filled
+    flat = torch.stack([torch.cat(columns, dim=1), torch.cat(rotations, dim=1)])
+    hessenberg, q = flat[:, :, place].masked_fill(~filled, 0.0).unbind()
+    triangle = torch.bmm(q, hessenberg.mT)
     diagonal = triangle.diagonal(dim1=1, dim2=2)
-    sound = diagonal.abs() > eps * torch.linalg.vector_norm(hessenberg, dim=1)
-    used = (torch.arange(k, device=norm.device) < steps.unsqueeze(1)) & sound
+    used = (row < steps.unsqueeze(1)) & (diagonal.abs() > noise * torch.linalg.vector_norm(hessenberg, dim=2))
     both = used.unsqueeze(1) & used.unsqueeze(2)
     triangle = torch.where(both, triangle, torch.eye(k, dtype=triangle.dtype, device=triangle.device))
-    right = torch.where(used, q[:, :, 0] * norm.unsqueeze(1), 0.0)
+    right = (q[:, :, 0] * norm.unsqueeze(1)).masked_fill(~used, 0.0)
     return torch.linalg.solve_triangular(triangle, right.unsqueeze(2), upper=True).squeeze(2)
 
 
 class Basis:
-    """Orthonormal vectors of every sample, in one preallocated tensor (batch, capacity, n).
+    """Orthonormal vectors of every sample, stored in one preallocated tensor (capacity, batch, n).
 
-    Inside a functorch transform, where writing into a tensor of another level is not allowed, the tensor is made
-    anew for every vector.
+    Inside a functorch transform, where writing into a tensor of another level is not allowed, they are stacked anew
+    for every product.
     """
 
     def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.count = 0
+        self._capacity = capacity
+        self._rows: list[Tensor] = []
         self._functional = inside_transform()
         self._store: Tensor | None = None
 
     @property
     def vectors(self) -> Tensor:
         """(batch, count, n)."""
-        assert self._store is not None
-        return self._store[:, : self.count]
+        if self._functional or self._store is None:
+            return torch.stack(self._rows, dim=1)
+        return self._store[: len(self._rows)].transpose(0, 1)
 
-    def append(self, v: Tensor) -> Tensor:
-        """Add v (batch, n), and return it."""
-        self.count += 1
+    def append(self, w: Tensor, factor: Tensor) -> Tensor:
+        """Add w (batch, n) times factor (batch,), and return the product."""
+        factor = factor.unsqueeze(1)
         if self._functional:
-            row = v.unsqueeze(1)
-            self._store = row if self._store is None else torch.cat([self._store, row], dim=1)
+            v = w * factor
         else:
             if self._store is None:
-                self._store = v.new_empty(v.shape[0], self.capacity, v.shape[1])
-            self._store[:, self.count - 1] = v
+                self._store = w.new_empty(self._capacity, *w.shape)
+            v = torch.mul(w, factor, out=self._store[len(self._rows)])
+        self._rows.append(v)
         return v
 
     def orthogonalise(self, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,8 +157,8 @@ class Basis:
         first = torch.bmm(row, vectors.mT)
         row = torch.baddbmm(row, first, vectors, alpha=-1)
         second = torch.bmm(row, vectors.mT)
-        row = torch.baddbmm(row, second, vectors, alpha=-1)
-        return (first + second).squeeze(1), row.squeeze(1)
+        row = torch.baddbmm(row, second, vectors, alpha=-1, out=None if self._functional else row)
+        return first.add_(second).squeeze(1), row.squeeze(1)
 
     def combine(self, y: Tensor) -> Tensor:
         """Sum of y_j times vector j, for y (batch, k) with k <= count: (batch, n)."""

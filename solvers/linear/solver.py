@@ -17,6 +17,7 @@ from ..transforms import no_derivatives
 from .operator import LinearOperator
 
 Map = Callable[[Tensor], Tensor]
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class LinearSolver(abc.ABC):
@@ -55,37 +56,63 @@ class LinearSolver(abc.ABC):
         if x0 is not None:
             _check(operator, x0, "x0")
         with no_derivatives():
-            return self._solve(operator, b, x0, preconditioner)
+            low = operator.dtype in _HALF or b.dtype in _HALF
+            dtype = torch.float32 if low else b.dtype
+            # Scaled by the largest entry: a float32 gradient of 1e-25 has squares that underflow, and is solved all the
+            # same. Where b is zero, dividing by infinity sets x0 to zero too.
+            size = torch.linalg.vector_norm(b.to(dtype), ord=math.inf, dim=1)
+            divisor = size.masked_fill(size == 0, math.inf)
+            scaled = b / divisor.unsqueeze(1)
+            system = System(
+                operator=operator,
+                apply=_cast(operator.matvec, operator.dtype, dtype),
+                precondition=preconditioner and _cast(preconditioner, operator.dtype, dtype),
+                b=scaled,
+                x0=None if x0 is None else x0 / divisor.unsqueeze(1),
+                norm=torch.linalg.vector_norm(scaled, dim=1),
+                divisor=divisor,
+            )
+            result = self._run(system)
+            # One product for both: back to the scale of b, and to NaN where there is nothing to trust.
+            factor = size.masked_fill(result.status == Status.NON_FINITE, math.nan)
+            stats = Stats(result.steps, result.evaluations, result.residual, result.status)
+            return Solution((result.x * factor.unsqueeze(1)).to(b.dtype), stats)
 
     @abc.abstractmethod
-    def _solve(
-        self, operator: LinearOperator, b: Tensor, x0: Tensor | None, preconditioner: Map | None
-    ) -> Solution[Tensor]:
-        """`solve` after the checks, under no_derivatives."""
+    def _run(self, system: System) -> Result:
+        """Solve the scaled systems, under no_derivatives."""
 
 
 @dataclasses.dataclass
 class System:
-    """A batch of systems as iterative methods see it: in float32 or better, every b of norm one (or zero).
+    """A batch of systems in float32 or better, the largest entry of every b one (or zero).
 
     Attributes:
-        apply: v -> A v.
-        precondition: v -> M v, or None for the identity.
+        operator: A, in its own dtype.
+        apply: v -> A v, in the dtype of b.
+        precondition: v -> M v, in the dtype of b, or None for the identity.
         b: (batch, n).
         x0: start (batch, n), or None for zero.
-        tolerance: (batch,) for |b - A x|.
+        norm: |b| (batch,).
+        divisor: (batch,) what the user's b was divided by; infinity where it was zero.
     """
 
+    operator: LinearOperator
     apply: Map
     precondition: Map | None
     b: Tensor
     x0: Tensor | None
-    tolerance: Tensor
+    norm: Tensor
+    divisor: Tensor
+
+    def relative(self, residual: Tensor) -> Tensor:
+        """|b - A x| (batch,) in units of |b|; where b is zero, as it is."""
+        return residual / self.norm.masked_fill(self.norm == 0, 1.0)
 
 
 @dataclasses.dataclass
 class Result:
-    """What an iterative method found; every statistic is (batch,)."""
+    """What a solver found: the scaled x (batch, n), and `Stats` (batch,) with the residual relative to |b|."""
 
     x: Tensor
     residual: Tensor
@@ -117,31 +144,10 @@ class IterativeSolver(LinearSolver):
         check_tolerance(self, "atol", self.atol)
         check_count(self, "max_steps", self.max_steps)
 
-    @abc.abstractmethod
-    def _iterate(self, system: System) -> Result:
-        """Iterate from `system.x0` until every sample is done."""
-
-    def _solve(
-        self, operator: LinearOperator, b: Tensor, x0: Tensor | None, preconditioner: Map | None
-    ) -> Solution[Tensor]:
-        low = operator.dtype in (torch.float16, torch.bfloat16) or b.dtype in (torch.float16, torch.bfloat16)
-        dtype = torch.float32 if low else b.dtype
-        # Scaled by |b|: a float32 gradient of 1e-25 has squares that underflow, and is solved for all the same.
-        scale = torch.linalg.vector_norm(b, dim=1, dtype=torch.float64)
-        zero = scale == 0
-        divisor = scale.masked_fill(zero, 1.0).unsqueeze(1)
-        rtol = self.rtol if self.rtol is not None else (1e-10 if dtype == torch.float64 else 1e-5)
-        system = System(
-            apply=_cast(operator.matvec, operator.dtype, dtype),
-            precondition=preconditioner and _cast(preconditioner, operator.dtype, dtype),
-            b=_divide(b, divisor, dtype),
-            x0=None if x0 is None else _divide(x0, divisor, dtype).masked_fill(zero.unsqueeze(1), 0.0),
-            tolerance=(self.atol / divisor.squeeze(1)).clamp_min(rtol),
-        )
-        result = self._iterate(system)
-        x = _multiply(result.x, divisor, b.dtype)
-        x = x.masked_fill((result.status == Status.NON_FINITE).unsqueeze(1), math.nan)
-        return Solution(x, Stats(result.steps, result.evaluations, result.residual, result.status))
+    def _tolerance(self, system: System) -> Tensor:
+        """Bound (batch,) on |b - A x| of the scaled systems."""
+        rtol = self.rtol if self.rtol is not None else (1e-10 if system.b.dtype == torch.float64 else 1e-5)
+        return torch.maximum(rtol * system.norm, self.atol / system.divisor)
 
 
 def check_tolerance(solver: object, name: str, value: float) -> None:
@@ -162,8 +168,8 @@ def _check(operator: LinearOperator, tensor: Tensor, name: str) -> None:
         raise ValueError(
             f"{name}: expected shape (batch, n) = {expected} as in the operator; got {tuple(tensor.shape)}."
         )
-    low = (torch.float16, torch.bfloat16, torch.float32)
-    if tensor.dtype != operator.dtype and not (tensor.dtype in low and operator.dtype in low):
+    narrow = (*_HALF, torch.float32)
+    if tensor.dtype != operator.dtype and not (tensor.dtype in narrow and operator.dtype in narrow):
         raise ValueError(f"{name}: expected dtype {operator.dtype} as in the operator; got {tensor.dtype}.")
     if tensor.device != operator.device:
         raise ValueError(f"{name}: expected device {operator.device} as in the operator; got {tensor.device}.")
@@ -173,11 +179,3 @@ def _cast(function: Map, inner: torch.dtype, outer: torch.dtype) -> Map:
     if inner == outer:
         return function
     return lambda v: function(v.to(inner)).to(outer)
-
-
-def _divide(matrix: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
-    return (matrix / divisor.to(torch.promote_types(matrix.dtype, torch.float32))).to(dtype)
-
-
-def _multiply(matrix: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    return (matrix * factor.to(matrix.dtype)).to(dtype)
