@@ -12,6 +12,7 @@ from torch.autograd.function import FunctionCtx
 
 from ..fixed_point.broyden import BroydenMemory, InverseJacobian
 from ..fixed_point.driver import Carry
+from ..fixed_point.method import FixedPointSolver
 from ..fixed_point.problem import Problem, operator_of_recording
 from ..linear import GMRES, Auto, LinearOperator, LinearSolver
 from ..options import options, require
@@ -58,10 +59,9 @@ class ImplicitAdjoint(RestPointAdjoint):
     reuse: Literal["start", "precondition", "only"] | None = None
 
     def __post_init__(self) -> None:
-        from ..fixed_point.method import FixedPointSolver
-        from ..linear import FixedPointLinear
-
         if isinstance(self.linear_solver, FixedPointSolver):
+            from ..linear import FixedPointLinear
+
             object.__setattr__(self, "linear_solver", FixedPointLinear(self.linear_solver))
         require(self.linear_solver, LinearSolver, "linear_solver")
         if self.order not in (1, 2):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..linear.operator import LinearOperator
-from ..transforms import no_derivatives
+from ..transforms import inside_transform, no_derivatives
 from ..tree import StateSpec
 
 DENSE_LIMIT = 2048
@@ -88,10 +88,21 @@ class Problem:
                 f"{self.name}: under torch.func transforms and in taped Newton steps the Jacobian of a sample is "
                 f"assembled, which is limited to {DENSE_LIMIT} numbers a sample; this state has {size}."
             )
-        _, pull = torch.func.vjp(self.residual, z)
         basis = torch.eye(size, dtype=z.dtype, device=z.device)
-        rows = [-pull(basis[i].expand(batch, size))[0] for i in range(size)]
-        return torch.stack(rows, dim=1)
+        if inside_transform():
+            # torch.autograd.grad cannot see through functorch's wrappers; functorch's own vjp nests properly.
+            _, pull = torch.func.vjp(self.residual, z)
+            rows = [-pull(basis[i].expand(batch, size))[0] for i in range(size)]
+            return torch.stack(rows, dim=1)
+        taped = torch.is_grad_enabled()
+        with torch.enable_grad():
+            point = z if z.requires_grad else z.detach().requires_grad_()
+            residual = self.residual(point)
+            rows = [
+                torch.autograd.grad(residual, point, -basis[i].expand(batch, size), True, taped, allow_unused=True)[0]
+                for i in range(size)
+            ]
+        return torch.stack([torch.zeros_like(z) if row is None else row for row in rows], dim=1)
 
 
 def operator_of_recording(problem: Problem, point: Tensor, out: Tensor) -> LinearOperator:
