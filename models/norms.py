@@ -1,0 +1,119 @@
+"""Weight normalisation for equilibrium cells, through torch's parametrizations."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+# Per kind: what registers the normalisation on a module's `weight`.
+NORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "weight": lambda module: parametrizations.weight_norm(module, "weight", dim=0),
+    "spectral": lambda module: parametrizations.spectral_norm(module, "weight"),
+}
+_WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def normalise(cell: nn.Module, kind: str) -> list[str]:
+    """Normalise the weight of every linear and convolution module of `cell`, in place.
+
+    "weight" separates each output channel's length from its direction (Salimans and Kingma 2016); "spectral" divides
+    by the largest singular value of the weight as an (out, rest) matrix, estimated by power iteration (Miyato et al.
+    2018): for a convolution that is not the norm of the operator.
+
+    Args:
+        cell: the module; modules whose weight is already parametrised are left alone.
+        kind: "weight" or "spectral".
+
+    Returns:
+        The names of the modules that were normalised.
+
+    Raises:
+        ValueError: the kind is unknown, or the cell has nothing to normalise.
+    """
+    if kind not in NORMS:
+        raise ValueError(f"norm must be None, {' or '.join(map(repr, NORMS))}; got {kind!r}.")
+    names = [
+        name
+        for name, module in cell.named_modules()
+        if isinstance(module, _WEIGHTED) and not parametrize.is_parametrized(module, "weight")
+    ]
+    if not names:
+        raise ValueError(f"norm={kind!r}: {type(cell).__name__} has no linear or convolution weight to normalise.")
+    for name in names:
+        NORMS[kind](cell.get_submodule(name))
+    return names
+
+
+Weights = list[tuple[nn.Module, Tensor]]
+"""A module that computes a tensor, and the tensor."""
+
+
+def compute_weights(cell: nn.Module) -> Weights:
+    """Every parametrised tensor of `cell`, computed now, with the graph that the caller's grad mode asks for.
+
+    Raises:
+        RuntimeError: an enclosing `torch.nn.utils.parametrize.cached()` holds a tensor without its graph, so that its
+            parameters would silently get no gradient.
+    """
+    weights: Weights = []
+    for module in cell.modules():
+        if not parametrize.is_parametrized(module):
+            continue
+        for name, source in module.parametrizations.items():  # type: ignore[union-attr, operator]
+            weight = getattr(module, name)
+            wanted = torch.is_grad_enabled() and any(p.requires_grad for p in source.parameters())
+            if wanted and not weight.requires_grad:
+                raise RuntimeError(
+                    f"{type(module).__name__}.{name} was cached without its graph by an enclosing "
+                    "torch.nn.utils.parametrize.cached(), so its parameters would get no gradient. Open the cache anew "
+                    "for the pass that needs a gradient."
+                )
+            weights.append((source, weight))
+    return weights
+
+
+@contextlib.contextmanager
+def holding(weights: Weights) -> Iterator[None]:
+    """Inside, the tensors are these and are not computed again.
+
+    An evaluation of a cell that a backward pass repeats must see the very tensors that the solve saw, also where
+    computing them anew would move them, as a power iteration does. `parametrize.cached()` ends too early for that.
+    """
+    before = [source.__dict__.get("forward") for source, _ in weights]
+    for source, weight in weights:
+        source.forward = lambda weight=weight: weight
+    try:
+        yield
+    finally:
+        for (source, _), forward in zip(weights, before, strict=True):
+            if forward is None:
+                del source.forward
+            else:
+                source.forward = forward
+
+
+def unnormalised(cell: nn.Module, names: list[str]) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A picklable copy of a `normalise`d cell, and the tensors that `renormalise` needs to restore it."""
+    tensors = {key: value.detach() for key, value in cell.state_dict().items() if ".parametrizations." in f".{key}"}
+    bare = copy.deepcopy(cell)
+    for name in names:
+        parametrize.remove_parametrizations(bare.get_submodule(name), "weight", leave_parametrized=True)
+    return bare, tensors
+
+
+def renormalise(
+    cell: nn.Module, names: list[str], kind: str, tensors: dict[str, Tensor], flags: dict[str, bool]
+) -> None:
+    """Undo `unnormalised` in place: register the normalisation anew and copy its tensors, bit for bit."""
+    for name in names:
+        NORMS[kind](cell.get_submodule(name))
+    state: dict[str, Any] = {**cell.state_dict(), **tensors}
+    cell.load_state_dict(state)
+    for key, parameter in cell.named_parameters():
+        parameter.requires_grad_(flags[key])
