@@ -43,8 +43,8 @@ class ReversibleAdjoint:
     reversible method.
 
     Attributes:
-        drift: relative error of the reconstructed initial state above which the backward pass warns; None takes the
-            square root of the type's resolution.
+        drift: relative error of the reconstructed initial state, times the share of the gradient that reaches it,
+            above which the backward pass warns; None takes the square root of the type's resolution.
 
     Raises:
         ValueError: drift is not positive.

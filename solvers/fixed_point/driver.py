@@ -112,7 +112,8 @@ def advance(problem: Problem, solver: FixedPointSolver, budget: Budget, carry: C
         limit = scale * budget.rtol
         if budget.atol:
             limit = limit + budget.atol
-        improved = norm < carry.best_norm * PROGRESS
+        # Without a tolerance the newest iterate is the wanted one, whatever its residual.
+        improved = torch.isfinite(norm) if budget.endless else norm < carry.best_norm * PROGRESS
         ordinary = improved if budget.endless else (norm > limit) & improved
         if carry.active is not None:
             ordinary = ordinary | ~carry.active
