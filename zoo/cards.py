@@ -180,14 +180,14 @@ class Card:
         write_atomically(Path(path), self.to_json())
 
     @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> Card:
-        """The card of a dictionary of JSON's types.
+    def from_dict(cls, plain: Any) -> Card:
+        """The card of a dictionary of JSON's types, as a file may hold it.
 
         Raises:
             CardError: a key that is missing, unknown, or of another type; the message names it.
         """
         card = _decode(cls, plain, "")
-        arguments = {name: _revive(value, f"arguments.{name}") for name, value in card.arguments.items()}
+        arguments = {name: revive(value, f"arguments.{name}") for name, value in card.arguments.items()}
         return dataclasses.replace(card, arguments=arguments)
 
     @classmethod
@@ -281,13 +281,13 @@ def _encode(value: Any, where: str) -> Any:
     )
 
 
-def _revive(value: Any, where: str) -> Any:
+def revive(value: Any, where: str) -> Any:
     """The argument that `_encode` wrote; a list comes back as a tuple."""
     if isinstance(value, list):
-        return tuple(_revive(v, f"{where}[{i}]") for i, v in enumerate(value))
+        return tuple(revive(v, f"{where}[{i}]") for i, v in enumerate(value))
     if not isinstance(value, dict):
         return value
-    inner = {key: _revive(v, f"{where}.{key}") for key, v in value.items() if key != "$class"}
+    inner = {key: revive(v, f"{where}.{key}") for key, v in value.items() if key != "$class"}
     if "$class" not in value:
         return inner
     # Only frozen option classes by their public name: a card can ask for no other code to run.

@@ -1,0 +1,155 @@
+"""The command line, as a user would call it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from restpoint.zoo.cli import main, table
+from restpoint.zoo.predict import predict_files, read_image
+
+
+@pytest.fixture
+def images(tmp_path):
+    rng = np.random.default_rng(0)
+    paths = []
+    for i, shape in enumerate([(6, 5), (12, 10, 3), (6, 5, 4)]):
+        paths.append(str(tmp_path / f"{i}.png"))
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(paths[-1])
+    return paths
+
+
+def run(capsys, *argv):
+    status = main(argv)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_list_as_table_and_json(tiny, capsys):
+    status, out, _ = run(capsys, "list", "trial*")
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["name", "trial_bare", "trial_tiny", "trial_tiny.ones"]
+    assert "accuracy 0.5" in out
+    _, out, _ = run(capsys, "list", "trial*", "--pretrained", "--json")
+    assert json.loads(out) == [
+        {
+            "name": "trial_tiny.ones",
+            "family": "trial",
+            "task": "image-classification",
+            "data": "noise",
+            "parameters": 55,
+            "metrics": {"accuracy": 0.5},
+        }
+    ]
+
+
+def test_a_list_of_nothing_says_so(tiny, capsys):
+    status, out, err = run(capsys, "list", "none*", "nor*")
+    assert (status, out) == (1, "")
+    assert "no model matches none* nor*" in err
+
+
+def test_info(tiny, capsys):
+    status, out, _ = run(capsys, "info", "trial_tiny.ones")
+    assert status == 0
+    for part in ("A classifier of one convolution.", "weights.sha256", "data.licence", "CC0-1.0", "num_classes"):
+        assert part in out
+    _, out, _ = run(capsys, "info", "trial_tiny.ones", "--json")
+    assert json.loads(out)["arguments"] == {"solver": {"$class": "Picard", "damping": 0.5}}
+    status, out, _ = run(capsys, "info", "trial_bare", "--json")
+    assert status == 0
+    assert json.loads(out)["options"] == ["num_classes", "in_chans"]
+
+
+def test_what_a_user_can_mend_is_one_line(tiny, home, capsys):
+    status, out, err = run(capsys, "info", "trial_tini")
+    assert (status, out) == (1, "")
+    assert err == (
+        "restpoint: There is no model 'trial_tini'. Did you mean 'trial_tiny'? restpoint.list_models() and "
+        "`restpoint list` give all names.\n"
+    )
+    (home / "checkpoints" / "trial_tiny.ones.safetensors").write_bytes(b"")
+    status, _, err = run(capsys, "predict", "trial_tiny.ones", "x.png")
+    assert status == 1
+    assert "truncated" in err
+
+
+def test_predict_agrees_with_the_model(tiny, images, capsys):
+    status, out, _ = run(capsys, "predict", "trial_tiny.ones", *images, "--json", "--top", "2")
+    assert status == 0
+    results = json.loads(out)
+    for path, result in zip(images, results, strict=True):
+        # By hand: grey, resized, scaled to [0, 1], normalised with mean .5 and standard deviation .25.
+        grey = Image.open(path).convert("L").resize((5, 6), Image.Resampling.BILINEAR)
+        pixels = (torch.tensor(np.array(grey)) / 255 - 0.5) / 0.25
+        probabilities = tiny(pixels[None, None]).softmax(1)[0]
+        best = probabilities.argsort(descending=True)[:2].tolist()
+        assert result["file"] == path
+        assert result["labels"] == ["abc"[i] for i in best]
+        assert result["probabilities"] == pytest.approx(probabilities[best].tolist(), abs=1e-6)
+    _, out, _ = run(capsys, "predict", "trial_tiny.ones", *images)
+    assert [line.split()[0] for line in out.splitlines()] == ["file", *images]
+
+
+def test_a_broken_file_is_named_and_stops_nothing(tiny, images, tmp_path, capsys):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    Image.fromarray(np.zeros((6, 5), dtype=np.uint16)).save(tmp_path / "deep.png")
+    files = [
+        str(tmp_path / "absent.png"),
+        images[0],
+        str(tmp_path / "broken.png"),
+        str(tmp_path / "deep.png"),
+        images[1],
+    ]
+    status, out, err = run(capsys, "predict", "trial_tiny.ones", *files)
+    assert status == 1
+    assert [line.split()[0] for line in out.splitlines()] == ["file", images[0], images[1]]
+    for name, reason in (("absent", "No such file"), ("broken", "cannot identify"), ("deep", "more than 8 bits")):
+        assert any(f"{name}.png: " in line and reason in line for line in err.splitlines())
+
+
+def test_batches_do_not_change_the_answer(tiny, images):
+    from restpoint.zoo import load_card
+
+    card = load_card("trial_tiny.ones")
+    files = [images[i % 3] for i in range(7)]
+    one, many = (list(predict_files(tiny, card, files, batch_size=size)) for size in (1, 4))
+    assert [p.labels for p in one] == [p.labels for p in many]
+    assert [p.file for p in many] == files
+
+
+def test_a_model_for_another_number_of_channels(images, tmp_path):
+    from restpoint.zoo import ImageInput
+
+    assert read_image(images[0], ImageInput((3, 4, 7), (0.0,) * 3, (1.0,) * 3)).shape == (3, 4, 7)
+    with pytest.raises(ValueError, match="takes 2 channels"):
+        read_image(images[0], ImageInput((2, 4, 7), (0.0,) * 2, (1.0,) * 2))
+
+
+@pytest.mark.parametrize("command", ["list", "info", "predict", "evaluate", "demo", "train"])
+def test_every_command_has_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"restpoint{'-train' if command == 'train' else ''} " in capsys.readouterr().out
+
+
+def test_the_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert all(f"    {command} " in out for command in ("list", "info", "predict", "evaluate", "demo", "train"))
+
+
+@pytest.mark.parametrize("call", ["", "lits", "list --famly x", "predict x", "predict x file --top 0"])
+def test_a_wrong_call_is_status_two(call, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(call.split())
+    assert caught.value.code == 2
+    assert "usage: restpoint" in capsys.readouterr().err
+
+
+def test_tables_align():
+    rows = [{"name": "a", "n": 1234567, "x": None}, {"name": "long", "n": 8, "x": {"k": 0.123456}}]
+    assert table(rows) == "name          n  x\na     1,234,567  -\nlong          8  k 0.1235"
