@@ -130,6 +130,16 @@ class LinearOperator:
         )
 
     @property
+    def forward(self) -> bool:
+        """Whether A can be applied."""
+        return self._matvec is not None
+
+    @property
+    def backward(self) -> bool:
+        """Whether A^T can be applied."""
+        return self._rmatvec is not None
+
+    @property
     def assembled(self) -> bool:
         """Whether `dense()` is at hand and costs no application."""
         return self._dense is not None

@@ -43,9 +43,9 @@ def iterate_in_cycles(
 ) -> Result:
     """Run cycles until every sample's true residual is small, or will not become so.
 
-    A cycle that leaves a sample's residual no smaller is undone, so that no sample ends further from its solution
-    (in residual) than it began. A sample is STAGNATED when a full cycle did not reduce its residual (by 0.1 %), or when
-    a cycle whose recursion had ended did not halve it: rounding or a singular matrix allow no better.
+    A cycle that does not reduce a sample's residual (by 0.1 %) is undone: no sample ends with a larger residual than
+    it began with, nor with an x that a singular matrix has blown up. Such a sample is STAGNATED, and so is one whose
+    recursion claimed convergence, or broke down, in a cycle that did not halve its residual: rounding allows no better.
 
     Args:
         system: the systems.
@@ -70,14 +70,15 @@ def iterate_in_cycles(
         candidate = done.update if x is None else x + done.update
         r_new = system.b - system.apply(candidate)
         norm_new = norms(r_new)
-        better = active & (norm_new < norm)
+        close = norm_new <= tolerance
+        better = active & (close | (norm_new < 0.999 * norm))
         steps = steps + done.steps
         evaluations = evaluations + done.evaluations + active
         finite = finite & ((norm_new < math.inf) | ~active)
-        converged = converged | (better & (norm_new <= tolerance))
-        progress = norm_new < norm * (0.999 - 0.499 * done.ended)
+        converged = converged | (better & close)
         exhausted = steps >= max_steps
-        stagnated = stagnated | (active & ~converged & (done.stop | ~(progress | exhausted)))
+        stuck = ~better | (done.ended & ~(norm_new < 0.5 * norm))
+        stagnated = stagnated | (active & ~converged & (done.stop | (stuck & ~exhausted)))
         norm = torch.where(better, norm_new, norm)
         active = active & finite & ~converged & ~stagnated & ~exhausted
         # Selecting rows is several times slower than arithmetic, and mostly there is nothing to select.
