@@ -1,0 +1,51 @@
+"""Initial value problems of ordinary differential equations: integrators and their adjoints.
+
+How the parts fit:
+
+- `method.py`: what an integrator is (`Method`: init, step, dense), on (batch, n) matrices. Read its docstring to add
+  one: a frozen option class, and a line here. `explicit.py` holds the explicit Runge-Kutta methods, `tableau.py` their
+  algebra.
+- `control.py`: step-size controllers. `times.py`: output times, checked.
+- `problem.py`: what the drivers get and give. `shared_steps.py` is the driver with one step for the batch. A driver
+  runs without derivatives and leaves a mesh of accepted steps.
+- `replay.py` repeats a mesh in recorded operations; every exact adjoint is made of that. `pullback.py` does the same
+  backwards; `externals.py` finds the tensors that a field closes over.
+- `adjoint.py`: an adjoint turns a `Task` into an `Outcome`, whose final state and dense outputs carry derivatives.
+- `interpolation.py` evaluates dense outputs, in ordinary operations outside of the adjoint.
+- `solve.py`: `solve_ode`.
+"""
+
+from ..adjoint.shared import CheckpointAdjoint, ReversibleAdjoint
+from .adjoint import Adjoint, DirectAdjoint
+from .control import ConstantController, Controller, IController, PIController, PIDController
+from .explicit import RK4, Bosh3, Dopri5, Euler, ExplicitRungeKutta, Heun, Midpoint, Ralston, Tsit5
+from .method import Method
+from .solve import ODESolution, solve_ode
+from .tableau import Tableau
+from .times import TimeError
+
+__all__ = [
+    "RK4",
+    "Adjoint",
+    "Bosh3",
+    "CheckpointAdjoint",
+    "ConstantController",
+    "Controller",
+    "DirectAdjoint",
+    "Dopri5",
+    "Euler",
+    "ExplicitRungeKutta",
+    "Heun",
+    "IController",
+    "Method",
+    "Midpoint",
+    "ODESolution",
+    "PIController",
+    "PIDController",
+    "Ralston",
+    "ReversibleAdjoint",
+    "Tableau",
+    "TimeError",
+    "Tsit5",
+    "solve_ode",
+]

@@ -1,0 +1,114 @@
+"""How a trajectory becomes differentiable: the adjoint's interface, and the taped one."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..options import options
+from ..solution import Stats
+from ..transforms import inside_transform, no_derivatives
+from .problem import Keeper, Problem, Run
+from .replay import Clock, replay
+from .shared_steps import SharedSteps
+
+
+@dataclasses.dataclass
+class Task:
+    """A problem, and what its adjoint needs beside it.
+
+    Attributes:
+        problem: with the caller's own y0 and args, which may require gradients.
+        backward: takes the statistics of the backward pass when it has run.
+    """
+
+    problem: Problem
+    backward: list[Stats]
+
+    @property
+    def start(self) -> Tensor | None:
+        """The first time, if a derivative with respect to it is wanted."""
+        return self._time(0)
+
+    @property
+    def end(self) -> Tensor | None:
+        """The last time, likewise."""
+        return self._time(-1)
+
+    def _time(self, index: int) -> Tensor | None:
+        given = self.problem.times.given
+        return given[..., index].double() if given.requires_grad else None
+
+    def run(self, keeper: Keeper | None = None) -> Run:
+        """The solve itself, without derivatives."""
+        with no_derivatives():
+            return SharedSteps(self.problem, keeper).run()
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What an adjoint returns: what the driver found, its matrices now differentiable.
+
+    Attributes:
+        y: the final matrix (batch, n).
+        dense: coefficients (slots, p + 1, batch, n), or None where no slot was asked for.
+        run: the driver's own findings.
+    """
+
+    y: Tensor
+    dense: Tensor | None
+    run: Run
+
+
+class Adjoint(abc.ABC):
+    """A way to differentiate a trajectory. Subclasses are frozen option classes that hold knobs only."""
+
+    @abc.abstractmethod
+    def solve(self, task: Task) -> Outcome:
+        """Solve, so that the outcome carries derivatives."""
+
+
+def plain_solve(task: Task) -> Outcome:
+    """Solve where no derivative is wanted."""
+    run = task.run()
+    return Outcome(run.y, run.dense, run)
+
+
+def wants_derivatives(problem: Problem) -> bool:
+    """Whether anything is recorded: a graph, tangents, or a transform's own."""
+    return torch.is_grad_enabled() or inside_transform() or torch.autograd.forward_ad._current_level >= 0
+
+
+@options
+class DirectAdjoint(Adjoint):
+    """Derivatives of the accepted steps, recorded by autograd: exact, of any order, and within torch.func.
+
+    The reference that the others are measured against. The steps are first found without recording, then recorded
+    without the rejected ones. Memory grows with the number of steps and the field's own intermediates.
+
+    Source: Chen et al. 2018, "Neural ordinary differential equations", who compare with it.
+    """
+
+    def solve(self, task: Task) -> Outcome:
+        """Find the steps, then record them."""
+        run = task.run()
+        if not wants_derivatives(task.problem):
+            return Outcome(run.y, run.dense, run)
+        return taped(task, run)
+
+
+def taped(task: Task, run: Run) -> Outcome:
+    """The accepted steps of `run` again, recorded."""
+    problem = task.problem
+    clock = Clock(run.mesh, task.start, task.end)
+    y, _, slots = replay(problem.method, problem.rhs, run.mesh, 0, len(run.mesh), problem.y0, (), clock)
+    return Outcome(y, torch.stack(slots) if slots else None, run)
+
+
+def tensor_leaves(args: object) -> list[Tensor]:
+    """The tensors in args that require a gradient."""
+    return [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor) and leaf.requires_grad]

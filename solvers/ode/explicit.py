@@ -1,0 +1,231 @@
+"""Explicit Runge-Kutta methods."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..options import options
+from . import tableaus
+from .method import Carry, Method, Rhs, Step, Time, column
+from .tableau import Row, Tableau
+
+
+class ExplicitRungeKutta(Method):
+    """An explicit Runge-Kutta method, given by its tableau.
+
+    Under no_grad the stages lie first in one buffer (stages, batch * n), and each combination of stages is one
+    matrix-vector product with it; otherwise they are a list and each combination a chain of additions.
+    """
+
+    tableau: ClassVar[Tableau]
+
+    @property
+    def order(self) -> int:
+        """Derived from the tableau."""
+        return self.tableau.order
+
+    @property
+    def error_order(self) -> int | None:
+        """One more than the embedded method's order."""
+        return None if self.tableau.error is None else self.tableau.embedded_order + 1
+
+    def init(self, rhs: Rhs, t: Time, y: Tensor) -> Carry:
+        """The derivative at the start, the first stage."""
+        return (rhs(t, y),)
+
+    def derivative(self, rhs: Rhs, t: Time, y: Tensor, carry: Carry) -> Tensor:
+        """The first stage."""
+        return carry[0]
+
+    def step(self, rhs: Rhs, t: Time, y: Tensor, h: Time, carry: Carry, memory: Any = None) -> Step:
+        """All stages, the solution and the error estimate."""
+        if rhs.functional:
+            return self._recorded_step(rhs, t, y, h, carry[0])
+        return self._fast_step(rhs, t, y, h, carry[0], memory or Workspace(self.tableau, y))
+
+    def _fast_step(self, rhs: Rhs, t: Time, y: Tensor, h: Time, first: Tensor, space: Workspace) -> Step:
+        tableau, rows, combine = self.tableau, space.rows, space.combine
+        c = tableau.c
+        rows[0].copy_(first)
+        solution = y
+        for i in range(1, tableau.stages):
+            solution = combine(y, h, i)
+            rows[i].copy_(rhs(t + c[i] * h, solution))
+        if tableau.fsal:
+            carry: Carry = (rows[tableau.end].clone(),)
+        else:
+            solution, carry = combine(y, h, tableau.stages), ()
+        return Step(solution, space.error(h), carry, space, stages=space)
+
+    def _recorded_step(self, rhs: Rhs, t: Time, y: Tensor, h: Time, first: Tensor) -> Step:
+        tableau = self.tableau
+        stages, solution = [first], y
+        for row, c in zip(tableau.a[1:], tableau.c[1:]):
+            solution = y + weighted(stages, row, h)
+            stages.append(rhs(t + c * h, solution))
+        if not tableau.fsal:
+            solution = y + weighted(stages, tableau.b, h)
+        error = None if tableau.error is None else weighted(stages, tableau.error, h)
+        return Step(solution, error, (stages[-1],) if tableau.fsal else (), None, stages=stages)
+
+    def dense(self, rhs: Rhs, t: Time, y: Tensor, h: Time, step: Step) -> Tensor:
+        """By the tableau's interpolant; its extra stages are evaluated here."""
+        tableau = self.tableau
+        if isinstance(step.stages, Workspace):
+            space = step.stages
+            for i in range(tableau.stages, len(tableau.rows)):
+                space.rows[i].copy_(rhs(t + tableau.c[i] * h, space.combine(y, h, i)))
+            if not tableau.fsal:
+                step.carry = (space.rows[tableau.end].clone(),)
+            return space.polynomial(y, h)
+        stages = step.stages
+        for row, c in zip(tableau.rows[len(stages) :], tableau.c[len(stages) :]):
+            stages.append(rhs(t + c * h, y + weighted(stages, row, h)))
+        step.carry = (stages[tableau.end],)
+        return torch.stack([y] + [weighted(stages, row, h) for row in tableau.interpolant])
+
+
+class Workspace:
+    """Buffers and constants of one solve: the stages (stages, batch * n) and the tableau as tensors."""
+
+    def __init__(self, tableau: Tableau, y: Tensor) -> None:
+        self.shape = y.shape
+        self.buffer = y.new_zeros((len(tableau.rows), y.numel()))
+        self.rows = [row.view(y.shape) for row in self.buffer]
+        self._prefixes = [self.buffer[:i].t() for i in range(len(tableau.rows) + 1)]
+        self._weights = [y.new_tensor(row[:i]) for i, row in enumerate(tableau.rows)]
+        if tableau.fsal:
+            self._weights.append(y.new_tensor(tableau.b))
+        self._error = None if tableau.error is None else y.new_tensor(tableau.error)
+        self._interpolant = y.new_tensor(tableau.interpolant)
+
+    def combine(self, y: Tensor, h: Time, i: int) -> Tensor:
+        """y + h sum_j a_ij k_j: the argument of stage i."""
+        if isinstance(h, Tensor):
+            return torch.addcmul(y, torch.mv(self._prefixes[i], self._weights[i]).view(self.shape), column(h))
+        return torch.addmv(y.view(-1), self._prefixes[i], self._weights[i], alpha=h).view(self.shape)
+
+    def error(self, h: Time) -> Tensor | None:
+        """h sum_i error_i k_i."""
+        if self._error is None:
+            return None
+        return torch.mv(self._prefixes[len(self._error)], self._error).view(self.shape).mul_(column(h))
+
+    def polynomial(self, y: Tensor, h: Time) -> Tensor:
+        """Coefficients (degree + 1, batch, n) of the dense output."""
+        out = y.new_empty((len(self._interpolant) + 1, *self.shape))
+        out[0] = y
+        torch.mm(self._interpolant, self.buffer, out=out[1:].view(len(self._interpolant), -1))
+        out[1:].mul_(column(h))
+        return out
+
+    def outer(self, i: int, bar: Tensor, h: Time, rows: int) -> Tensor:
+        """Cotangents (rows, batch * n) of the stages, of which stage i's argument has cotangent `bar` (batch, n)."""
+        bars = bar.new_zeros((rows, bar.numel()))
+        self.add_outer(bars, i, bar, h)
+        return bars
+
+    def add_outer(self, bars: Tensor, i: int, bar: Tensor, h: Time) -> None:
+        """Add to the cotangents `bars` of the stages what cotangent `bar` of stage i's argument contributes."""
+        if isinstance(h, Tensor):
+            bars[:i].addr_(self._weights[i], (bar * column(h)).view(-1))
+        else:
+            bars[:i].addr_(self._weights[i], bar.reshape(-1), alpha=h)
+
+    def pull_polynomial(self, bars: Tensor, slot: Tensor, h: Time) -> None:
+        """Likewise for a cotangent `slot` (degree, batch, n) of the dense output but for its constant coefficient."""
+        bar = slot if not isinstance(h, Tensor) else slot * column(h)
+        bars.addmm_(self._interpolant.t(), bar.reshape(len(slot), -1), alpha=1.0 if isinstance(h, Tensor) else h)
+
+    def stretch(self, bars: Tensor, stages: Tensor, h: Time) -> Tensor:
+        """Cotangent of h from those of the stages: every use of a stage in the step is multiplied by h."""
+        product = (bars * stages[: len(bars)]).view(-1, *self.shape).double()
+        if not isinstance(h, Tensor):
+            return product.sum() / h
+        return torch.where(h == 0, 0.0, product.sum((0, 2)) / h)
+
+
+def weighted(stages: list[Tensor], row: Row, h: Time) -> Tensor:
+    """h sum_j row_j stages_j, differentiable."""
+    total: Tensor | None = None
+    scale = 1.0 if isinstance(h, Tensor) else h
+    for stage, weight in zip(stages, row):
+        if weight:
+            total = stage * (scale * weight) if total is None else torch.add(total, stage, alpha=scale * weight)
+    if total is None:
+        return torch.zeros_like(stages[0])
+    return total * column(h) if isinstance(h, Tensor) else total
+
+
+@options
+class Euler(ExplicitRungeKutta):
+    """Euler's method: order 1, one evaluation, fixed steps."""
+
+    tableau = tableaus.EULER
+
+
+@options
+class Midpoint(ExplicitRungeKutta):
+    """The explicit midpoint rule: order 2, two evaluations, fixed steps."""
+
+    tableau = tableaus.MIDPOINT
+
+
+@options
+class Ralston(ExplicitRungeKutta):
+    """Ralston's method: order 2 with the smallest bound on its truncation error; two evaluations, fixed steps.
+
+    Source: Ralston 1962, "Runge-Kutta methods with minimum error bounds".
+    """
+
+    tableau = tableaus.RALSTON
+
+
+@options
+class RK4(ExplicitRungeKutta):
+    """The classical Runge-Kutta method: order 4, four evaluations, fixed steps.
+
+    Source: Kutta 1901.
+    """
+
+    tableau = tableaus.RK4
+
+
+@options
+class Heun(ExplicitRungeKutta):
+    """Heun's method, order 2, with Euler's embedded; two evaluations. For rough right-hand sides."""
+
+    tableau = tableaus.HEUN
+
+
+@options
+class Bosh3(ExplicitRungeKutta):
+    """The pair of Bogacki and Shampine: order 3(2), three evaluations. For low accuracy.
+
+    Source: Bogacki and Shampine 1989, "A 3(2) pair of Runge-Kutta formulas".
+    """
+
+    tableau = tableaus.BOSH3
+
+
+@options
+class Dopri5(ExplicitRungeKutta):
+    """The pair of Dormand and Prince: order 5(4), six evaluations, dense output of order 4.
+
+    Source: Dormand and Prince 1980, "A family of embedded Runge-Kutta formulae".
+    """
+
+    tableau = tableaus.DOPRI5
+
+
+@options
+class Tsit5(ExplicitRungeKutta):
+    """Tsitouras' pair: order 5(4), six evaluations, dense output of order 4. The one to start with.
+
+    Source: Tsitouras 2011, "Runge-Kutta pairs of order 5(4) satisfying only the first column simplifying assumption".
+    """
+
+    tableau = tableaus.TSIT5

@@ -1,0 +1,164 @@
+"""What the integrators' drivers and adjoints expect of a method: `init`, `step` and `dense` on (batch, n) matrices.
+
+A state of any structure is one real matrix y (batch, n) inside (`StateSpec`), and the user's field an `Rhs` that takes
+and returns such matrices. Times t and steps h come in two shapes:
+
+- one step for the batch: Python floats, or 0-dim tensors where a derivative with respect to time is recorded;
+- one step per sample: tensors (batch,).
+
+`column(h)` makes either of them multiply a matrix. h is negative when time runs backwards, and zero for samples of a
+per-sample solve that only wait: a step of zero must return y.
+
+A method is a frozen option class. What it carries from step to step is explicit and of two kinds: `carry`, a tuple of
+tensors which are part of the numerical solution and are differentiated (the derivative kept by first-same-as-last
+methods, the second state of a reversible one), and `memory`, anything that is reused but carries no derivative (work
+space, factorisations). After a rejected step the driver passes the old carry and the new memory. An empty carry makes
+the driver call `init` before the step, so a method whose `step` has nothing to carry may return ().
+
+Whether derivatives are recorded is the current grad mode, as everywhere in torch: under no_grad a method may write in
+place and reuse buffers; with grad mode on, or inside a torch.func transform (`rhs.functional`), every operation must
+be differentiable and out of place. Replays of accepted steps run the very same `init`, `step` and `dense`.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..transforms import inside_transform
+from ..tree import StateError, StateSpec
+
+Time = float | Tensor
+Carry = tuple[Tensor, ...]
+
+
+class Rhs:
+    """The right-hand side dy/dt of a problem on (batch, n) matrices.
+
+    Attributes:
+        field: the user's function of (t, y, *args).
+        args: its further arguments.
+        spec: how the state lies in the matrix; a method that treats parts of the state differently looks here.
+        batch: the number of samples.
+        calls: how often the field has been evaluated.
+    """
+
+    __slots__ = ("_as_is", "_device", "_dtype", "_full", "_shape", "args", "batch", "calls", "field", "spec")
+
+    def __init__(self, field: Callable[..., Any], args: tuple[Any, ...], spec: StateSpec, batch: int) -> None:
+        self.field, self.args, self.spec, self.batch, self.calls = field, args, spec, batch, 0
+        self._shape = (batch, spec.size)
+        self._full = (batch, *spec.leaves[0].shape) if spec.single else None
+        self._as_is = self._full == self._shape
+        self._dtype, self._device = spec.dtype, spec.device
+
+    def __call__(self, t: Time, y: Tensor) -> Tensor:
+        """The derivative (batch, n) at matrix `y`.
+
+        Raises:
+            StateError: the field returned another structure, shape, dtype or device than the state's.
+        """
+        self.calls += 1
+        if self._full is None:
+            return self._checked(self.field(self.time(t), self.spec.unflatten(y), *self.args))
+        out = self.field(self.time(t), y if self._as_is else y.view(self._full), *self.args)
+        if isinstance(out, Tensor) and out.shape == self._full and out.dtype is self._dtype:
+            return out if self._as_is else out.reshape(self._shape)
+        return self._checked(out)
+
+    def _checked(self, out: Any) -> Tensor:
+        device = self._device.type
+        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        matrix = self.spec.flatten(out, "the field's derivative", cast=cast)
+        if len(matrix) != self.batch:
+            found = [tuple(leaf.shape) for leaf in pytree.tree_leaves(out)]
+            raise StateError(f"the field's derivative: expected a batch of {self.batch}, got shapes {found}.")
+        return matrix
+
+    def time(self, t: Time) -> Tensor:
+        """`t` as the field sees it: 0-dim or (batch,), in the state's real dtype and on its device."""
+        if isinstance(t, Tensor):
+            return t.to(self._dtype)
+        return torch.full((), t, dtype=self._dtype, device=self._device)
+
+    def with_args(self, args: tuple[Any, ...]) -> Rhs:
+        """The same field with other arguments, counting from zero."""
+        return Rhs(self.field, args, self.spec, self.batch)
+
+    @property
+    def functional(self) -> bool:
+        """Whether a method must refrain from writing in place."""
+        return torch.is_grad_enabled() or inside_transform()
+
+
+@dataclasses.dataclass(slots=True)
+class Step:
+    """One step as a method proposes it.
+
+    Attributes:
+        y: the state at its end (batch, n).
+        error: an estimate of its local error (batch, n), or None from a method without one.
+        carry: for the next step, should this one be accepted.
+        memory: for the next step in any case.
+        failed: mask (batch,) of samples whose step could not be computed, as when Newton's method diverges; None
+            where that cannot happen.
+        stages: what `dense` needs; private to the method.
+    """
+
+    y: Tensor
+    error: Tensor | None
+    carry: Carry
+    memory: Any = None
+    failed: Tensor | None = None
+    stages: Any = None
+
+
+class Method(abc.ABC):
+    """A one-step integrator. Subclasses are frozen option classes (`@options`)."""
+
+    @property
+    @abc.abstractmethod
+    def order(self) -> int:
+        """Of the solution: the global error falls as h^order."""
+
+    @property
+    def error_order(self) -> int | None:
+        """The error estimate falls as h^error_order; None for a method that has no estimate."""
+        return None
+
+    def init(self, rhs: Rhs, t: Time, y: Tensor) -> Carry:
+        """What the first step is given, and the first one after a jump of the field."""
+        return ()
+
+    def derivative(self, rhs: Rhs, t: Time, y: Tensor, carry: Carry) -> Tensor:
+        """The field at (t, y), from the carry where it is there already."""
+        return rhs(t, y)
+
+    @abc.abstractmethod
+    def step(self, rhs: Rhs, t: Time, y: Tensor, h: Time, carry: Carry, memory: Any = None) -> Step:
+        """From y at t to t + h."""
+
+    def dense(self, rhs: Rhs, t: Time, y: Tensor, h: Time, step: Step) -> Tensor:
+        """The step's dense output: coefficients (p + 1, batch, n) of y(theta) = sum_p theta^p coefficient_p, theta in
+        [0, 1]. It is called after the step was accepted and before the next one; it may set `step.carry` to what it
+        has evaluated on the way. This one is the cubic Hermite interpolant, at the cost of two evaluations.
+        """
+        return hermite(y, step.y, rhs(t, y), rhs(t + h, step.y), h)
+
+
+def hermite(y0: Tensor, y1: Tensor, f0: Tensor, f1: Tensor, h: Time) -> Tensor:
+    """Coefficients (4, batch, n) of the cubic that has values y0, y1 and derivatives f0, f1 at the ends of a step h."""
+    h = column(h)
+    change, start, end = y1 - y0, h * f0, h * f1
+    return torch.stack((y0, start, 3 * change - 2 * start - end, start + end - 2 * change))
+
+
+def column(h: Time) -> Time:
+    """`h` so that it multiplies a (batch, n) matrix."""
+    return h.unsqueeze(-1) if isinstance(h, Tensor) and h.ndim else h

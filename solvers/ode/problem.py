@@ -1,0 +1,150 @@
+"""What a driver is given and what it returns."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..transforms import plain
+from .control import Controller
+from .method import Carry, Method, Rhs
+from .times import Times
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One call of `solve_ode`, flattened.
+
+    Attributes:
+        rhs: the field on matrices.
+        y0: initial matrix (batch, n).
+        times: where the solution is asked for.
+        method: the integrator.
+        controller: of its steps.
+        tolerance: how errors are measured.
+        max_steps: a budget of accepted and rejected steps together, per sample.
+        dense: whether every step's dense output is kept.
+    """
+
+    rhs: Rhs
+    y0: Tensor
+    times: Times
+    method: Method
+    controller: Controller
+    tolerance: Tolerance
+    max_steps: int
+    dense: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Tolerance:
+    """How large an error is: components relative to atol + rtol |y|, root mean square over what is controlled.
+
+    Attributes:
+        rtol: relative part.
+        atol: absolute part.
+        columns: the matrix's columns that take part in step control; None for all.
+    """
+
+    rtol: float
+    atol: float
+    columns: Tensor | None = None
+
+    def scaled(self, error: Tensor, size: Tensor) -> Tensor:
+        """`error` (batch, n) in units of the tolerance at magnitudes `size`, controlled columns only."""
+        ratio = error / (size * self.rtol + self.atol)
+        return ratio if self.columns is None else ratio.index_select(-1, self.columns)
+
+    def batch_ratio(self, error: Tensor, size: Tensor, alive: Tensor | None = None) -> float:
+        """Root mean square over all samples that are `alive`; under vmap the worst example's. One synchronisation."""
+        scaled = self.scaled(error, size)
+        count = scaled.numel()
+        if alive is not None:
+            scaled = torch.where(alive.unsqueeze(-1), scaled, 0.0)
+            count = max(int(alive.sum()), 1) * scaled.shape[-1]
+        norm = plain(torch.linalg.vector_norm(scaled))
+        return float(norm.max() if norm.ndim else norm) / math.sqrt(max(count, 1))
+
+    def sample_ratio(self, error: Tensor, size: Tensor) -> Tensor:
+        """Root mean square of each sample (batch,)."""
+        scaled = self.scaled(error, size)
+        return torch.linalg.vector_norm(scaled, dim=-1) / math.sqrt(max(scaled.shape[-1], 1))
+
+
+class Taken(NamedTuple):
+    """An accepted step that the batch took together.
+
+    Attributes:
+        t: where it started.
+        h: its length.
+        lands: FREE, or where it was made to end: at a constant time (FORCED) or the last output time (END).
+        restart: whether the carry was made anew before it: at the start and after a jump or a replacement.
+        slot: the index of its dense output among those that were asked for, or -1.
+        replace: (batch,) the row that each row is replaced by before the step: rows that have ended go on as copies of
+            a healthy one, whose values are dropped. None where no row ended just now.
+    """
+
+    t: float
+    h: float
+    lands: int
+    restart: bool
+    slot: int
+    replace: Tensor | None
+
+
+FREE, FORCED, END = 0, 1, 2
+
+
+@dataclasses.dataclass
+class Run:
+    """What a driver found; all of it without derivatives.
+
+    Attributes:
+        y: the final matrix (batch, n).
+        mesh: the accepted steps, enough to repeat the solve without a rejection.
+        dense: coefficients (slots, p + 1, batch, n) of the steps whose dense output was asked for.
+        reached: (batch,) how far each sample came, float64.
+        status: (batch,) `Status` values.
+        accepted, rejected, evaluations: (batch,) counts.
+        ratio: (batch,) the last error in units of the tolerance.
+        trouble: where the solve of a failed sample ended, for the error's message.
+    """
+
+    y: Tensor
+    mesh: Any
+    dense: Tensor | None
+    reached: Tensor
+    status: Tensor
+    accepted: Tensor
+    rejected: Tensor
+    evaluations: Tensor
+    ratio: Tensor
+    trouble: str = ""
+
+
+class Keeper:
+    """Keeps states of a solve whose number of steps is not known beforehand, evenly spread.
+
+    It keeps every `stride`-th state and doubles the stride, dropping every other one, when there are too many.
+
+    Attributes:
+        kept: (index of the step that starts here, y, carry), in order.
+    """
+
+    def __init__(self, segments: int | None) -> None:
+        """With `segments` None as many states are kept as steps lie between two of them, up to a factor of two."""
+        self._segments, self._stride = segments, 1
+        self.kept: list[tuple[int, Tensor, Carry]] = []
+
+    def offer(self, index: int, y: Tensor, carry: Carry) -> None:
+        """To be called before every step of the mesh, in order."""
+        if index % self._stride:
+            return
+        self.kept.append((index, y, carry))
+        if len(self.kept) > (self._segments or 2 * self._stride):
+            self._stride *= 2
+            self.kept = [entry for entry in self.kept if entry[0] % self._stride == 0]

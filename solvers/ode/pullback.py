@@ -1,0 +1,258 @@
+"""Cotangents through recorded steps: by hand for explicit Runge-Kutta methods, by autograd for all others."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .explicit import ExplicitRungeKutta, Workspace
+from .externals import Externals, clock
+from .method import Carry, Method, Rhs, Time
+from .problem import END, Taken
+from .replay import Clock, replay
+
+# An evaluation: the derivative, recorded from the leaf of the state and that of the time (None: not wanted).
+Record = tuple[Tensor, Tensor, Tensor | None]
+
+
+@dataclasses.dataclass
+class Sums:
+    """Accumulated cotangents of what every step shares.
+
+    Attributes:
+        inputs: the tensors, args first and then what the field closes over.
+        externals: knows and checks what the field closes over.
+        totals: the cotangents so far; None where nothing has arrived.
+        evaluations: of the field, so far.
+    """
+
+    inputs: list[Tensor]
+    externals: Externals
+    totals: list[Tensor | None] = dataclasses.field(default_factory=list)
+    evaluations: int = 0
+
+    def __post_init__(self) -> None:
+        """Nothing has arrived yet."""
+        self.totals = [None] * len(self.inputs)
+
+    def add(self, cotangents: Sequence[Tensor | None]) -> None:
+        """Add what one stage or segment contributes."""
+        totals, sums, news = self.totals, [], []
+        for i, new in enumerate(cotangents):
+            if new is None:
+                continue
+            total = totals[i]
+            if total is None:
+                # A copy: autograd may hand out one tensor twice, or a view of the cotangent it was given.
+                totals[i] = new.clone()
+            else:
+                sums.append(total)
+                news.append(new)
+        if sums:
+            torch._foreach_add_(sums, news)
+
+
+@dataclasses.dataclass
+class Backward:
+    """Cotangents of where the backward pass is just now.
+
+    Attributes:
+        y: of the state (batch, n).
+        carry: of the method's carry; () where nothing has arrived, and None for parts that it does not reach.
+        t: of the time, 0-dim or (batch,) in float64; None where it is not wanted.
+        end: of the last time of the solve, likewise.
+    """
+
+    y: Tensor
+    carry: tuple[Tensor | None, ...] = ()
+    t: Tensor | None = None
+    end: Tensor | None = None
+
+
+class Tape:
+    """Recorded evaluations of the field, each from leaves of its own."""
+
+    def __init__(self, rhs: Rhs, sums: Sums, timed: bool) -> None:
+        self.rhs, self.sums, self.timed = rhs, sums, timed
+        self._began = clock()
+
+    def evaluate(self, t: Time, y: Tensor) -> Record:
+        """The derivative at (t, y), recorded."""
+        with torch.enable_grad():
+            leaf = y.detach().requires_grad_()
+            time = self.rhs.time(t).detach().requires_grad_() if self.timed else None
+            out = self.rhs(t if time is None else time, leaf)
+            if out is leaf:
+                out = leaf.clone()
+        self.sums.evaluations += 1
+        if out.requires_grad:
+            own = (leaf,) if time is None else (leaf, time)
+            self.sums.externals.check(out, own, self._began, lambda: f"At t = {t}")
+        return out, leaf, time
+
+    def pull(self, record: Record, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Cotangents of the state and of the time; those of everything shared are added up."""
+        out, leaf, time = record
+        if not out.requires_grad:
+            return None, None
+        own = (leaf,) if time is None else (leaf, time)
+        keep = self.sums.externals.retain
+        grads = torch.autograd.grad(out, (*own, *self.sums.inputs), cotangent, retain_graph=keep, allow_unused=True)
+        self.sums.add(grads[len(own) :])
+        return grads[0], None if time is None else grads[1]
+
+
+class ExplicitPullback:
+    """Pulls cotangents through the steps of an explicit Runge-Kutta method, the combinations of stages by hand."""
+
+    def __init__(self, method: ExplicitRungeKutta, tape: Tape, mesh: Sequence[Taken], slots: Tensor | None) -> None:
+        """`slots` are the cotangents of the dense outputs (slots, p + 1, batch, n)."""
+        self.method, self.tableau = method, method.tableau
+        self.tape, self.mesh, self.slots = tape, mesh, slots
+        self._space: Workspace | None = None
+
+    def pull(self, span: range, y: Tensor, carry: Carry, bar: Backward) -> Tensor:
+        """From the end of the steps in `span` to their start.
+
+        Args:
+            span: indices into the mesh.
+            y, carry: at the start of the first step.
+            bar: changed in place.
+
+        Returns:
+            The state (batch, n) after the last step, for comparison with what the forward pass found.
+        """
+        self._space = space = self._space or Workspace(self.tableau, y)
+        taped: list[list[Record | None]] = []
+        stages: list[Tensor] = []
+        for index in span:
+            records, y = self._record(index, y, carry)
+            taped.append(records)
+            known = self.tableau.fsal or self.mesh[index].slot >= 0
+            carry = (space.rows[self.tableau.end].clone(),) if known else ()
+            if self.tape.timed:
+                stages.append(space.buffer.clone())
+        for index in reversed(span):
+            self._pull_step(self.mesh[index], taped.pop(), bar, stages.pop() if stages else None)
+        return y
+
+    def _record(self, index: int, y: Tensor, carry: Carry) -> tuple[list[Record | None], Tensor]:
+        """The step again. An evaluation is None that belongs to the step before or that nobody needs."""
+        taken, tableau, tape, space = self.mesh[index], self.tableau, self.tape, self._space
+        assert space is not None
+        if taken.replace is not None:
+            y = y.index_select(0, taken.replace)
+        t, h = taken.t, taken.h
+        first = tape.evaluate(t, y) if taken.restart or not carry else None
+        space.rows[0].copy_(carry[0] if first is None else first[0])
+        records, solution = [first], None
+        for i in range(1, len(tableau.rows) if taken.slot >= 0 else tableau.stages):
+            argument = space.combine(y, h, i)
+            record = None
+            if i == tableau.end:
+                solution = argument
+            if i != tableau.end or taken.slot >= 0 or index + 1 < len(self.mesh):
+                record = tape.evaluate(t + tableau.c[i] * h, argument)
+                space.rows[i].copy_(record[0])
+            records.append(record)
+        return records, space.combine(y, h, tableau.end) if solution is None else solution
+
+    def _pull_step(self, taken: Taken, records: list[Record | None], bar: Backward, stages: Tensor | None) -> None:
+        space, h, end = self._space, taken.h, self.tableau.end
+        assert space is not None
+        total = bar.y.clone()
+        bars = space.outer(end, bar.y, h, len(records))
+        rows = [row.view(space.shape) for row in bars]
+        if taken.slot >= 0:
+            assert self.slots is not None
+            total += self.slots[taken.slot, 0]
+            space.pull_polynomial(bars, self.slots[taken.slot, 1:], h)
+        incoming = bar.carry[0] if bar.carry else None
+        if incoming is not None:
+            rows[end].add_(incoming)
+        at_start: Tensor | float = 0.0
+        by_length: Tensor | float = 0.0
+        for i in range(len(records) - 1, -1, -1):
+            record = records[i]
+            if record is None:
+                continue
+            pulled, time = self.tape.pull(record, rows[i])
+            if pulled is not None:
+                total.add_(pulled)
+                if i:
+                    space.add_outer(bars, i, pulled, h)
+            if time is not None:
+                at_start, by_length = at_start + time.double(), by_length + self.tableau.c[i] * time.double()
+        if stages is not None:
+            stretch = space.stretch(bars, stages, h)
+            if incoming is not None:
+                stretch = stretch - space.stretch(incoming.view(1, -1), stages[end : end + 1], h)
+            self._pull_times(taken, at_start, by_length + stretch, bar)
+        bar.y = total
+        bar.carry = () if records[0] is not None else (rows[0],)
+        if taken.replace is not None:
+            bar.y = torch.zeros_like(total).index_add_(0, taken.replace, total)
+
+    def _pull_times(self, taken: Taken, at_start: Tensor | float, length: Tensor | float, bar: Backward) -> None:
+        """A step of constant length hands the cotangent of its end to its start; one that lands ends elsewhere."""
+        if not taken.lands:
+            bar.t = at_start if bar.t is None else bar.t + at_start
+            return
+        if taken.lands == END:
+            bar.end = length if bar.t is None else length + bar.t
+        bar.t = at_start - length
+
+
+class RecordedPullback:
+    """Pulls cotangents through the steps of any method, recording whole segments."""
+
+    def __init__(self, method: Method, tape: Tape, mesh: Sequence[Taken], slots: Tensor | None, ends: Ends) -> None:
+        """`ends` are the times whose cotangents are wanted."""
+        self.method, self.tape, self.mesh, self.slots, self.ends = method, tape, mesh, slots, ends
+
+    def pull(self, span: range, y: Tensor, carry: Carry, bar: Backward) -> Tensor:
+        """As `ExplicitPullback.pull`."""
+        sums, rhs = self.tape.sums, self.tape.rhs
+        calls = rhs.calls
+        with torch.enable_grad():
+            leaf = y.detach().requires_grad_()
+            held = tuple(part.detach().requires_grad_() for part in carry)
+            start, end = (None if x is None else x.detach().requires_grad_() for x in self.ends)
+            times = [x for x in (start, end) if x is not None]
+            clock_ = Clock(self.mesh, start, end)
+            last, after, dense = replay(self.method, rhs, self.mesh, span.start, span.stop, leaf, held, clock_)
+        sums.evaluations += rhs.calls - calls
+        outs, bars = [last], [bar.y]
+        for part, cotangent in zip(after, bar.carry):
+            if cotangent is not None:
+                outs.append(part)
+                bars.append(cotangent)
+        if dense:
+            assert self.slots is not None
+            slot = next(self.mesh[i].slot for i in span if self.mesh[i].slot >= 0)
+            outs += dense
+            bars += self.slots[slot : slot + len(dense)].unbind(0)
+        recorded = [(out, cotangent) for out, cotangent in zip(outs, bars) if out.requires_grad]
+        inputs = [leaf, *held, *times, *sums.inputs]
+        grads = torch.autograd.grad(
+            [out for out, _ in recorded],
+            inputs,
+            [cotangent for _, cotangent in recorded],
+            retain_graph=sums.externals.retain,
+            allow_unused=True,
+        )
+        bar.y = torch.zeros_like(y) if grads[0] is None else grads[0]
+        bar.carry = tuple(grads[1 : 1 + len(held)])
+        rest = list(grads[1 + len(held) :])
+        if start is not None and (pulled := rest.pop(0)) is not None:
+            bar.t = pulled if bar.t is None else bar.t + pulled
+        if end is not None and (pulled := rest.pop(0)) is not None:
+            bar.end = pulled if bar.end is None else bar.end + pulled
+        sums.add(rest)
+        return last.detach()
+
+
+Ends = tuple[Tensor | None, Tensor | None]
