@@ -6,8 +6,9 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-Tree = tuple["Tree", ...]
+Tree = tuple[Any, ...]
 Row = tuple[float, ...]
 
 _EXACT = 1e-12

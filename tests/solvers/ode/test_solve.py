@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from restpoint.solvers.ode import (
     RK4,
     Bosh3,
