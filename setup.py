@@ -75,6 +75,8 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.11",
+    # Installers run this file under another name, by which setuptools would take it for a module of the package.
+    script_name="setup.py",
     package_dir={"restpoint": "."},
     packages=packages(),
     # What MANIFEST.in adds to the source distribution (tests/, docs/) lies inside the package's folder, which is the

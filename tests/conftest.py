@@ -6,10 +6,18 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import sys
+import types
+
+import beartype
 from jaxtyping import install_import_hook
 
-# Before restpoint is imported: from here on the shapes in its signatures are checked at every call.
-install_import_hook("restpoint", "beartype.beartype")
+# Before restpoint is imported: from here on the types and shapes in its signatures are checked at every call. The
+# checker has to have a name that can be imported; an int is a float to it, as it is to mypy.
+checker = types.ModuleType("restpoint_type_checker")
+checker.check = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
+sys.modules[checker.__name__] = checker
+install_import_hook("restpoint", f"{checker.__name__}.check")
 
 import random
 
