@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from ..options import options
-from ..transforms import any_true
+from ..transforms import all_true, any_true, inside_transform
 from .method import Evaluated, FixedPointSolver, Proposal
 from .problem import Problem
 
 Rows = tuple[Tensor, ...]
+
+MODERATE = 1e4
+"""Coefficients of at least this size are a sign of a Gram matrix that rounding has spoilt."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Anderson(FixedPointSolver):
         history = self._remember(memory, at)
         if len(history.images) == 1:
             return Proposal(torch.add(at.z, at.residual, alpha=self.damping), history)
-        alpha, history = self._coefficients(history)
+        alpha, history = self._coefficients(history, at.improving)
         weights = alpha.to(at.z.dtype).split(1, dim=1)
         z = _combine(history.images, weights)
         if self.damping != 1:
@@ -128,7 +131,7 @@ class Anderson(FixedPointSolver):
                 steps = (*steps, at.z - old.z)[-(len(residuals) - 1) :] if len(residuals) > 1 else ()
         return History((*old.images[keep], at.image), residuals, gram, valid, steps, z)
 
-    def _coefficients(self, history: History) -> tuple[Tensor, History]:
+    def _coefficients(self, history: History, improving: bool) -> tuple[Tensor, History]:
         """alpha (rows, h) in float64, and the history less what a restart forgets."""
         gram = history.gram
         assert gram is not None
@@ -138,11 +141,13 @@ class Anderson(FixedPointSolver):
         scale = squares.clamp_min(torch.finfo(squares.dtype).tiny).rsqrt()
         if history.valid is not None:
             scale = scale * history.valid
-        alpha = self._minimal(gram, scale) if self.kind == "II" else self._orthogonal(history, scale)
+        alpha = self._minimal(gram, scale, history.valid) if self.kind == "II" else self._orthogonal(history, scale)
         with torch.no_grad():
+            if improving and all_true(alpha.detach().abs().amax() < MODERATE):
+                return alpha, history
             size = squares if history.valid is None else squares.masked_fill(~history.valid, float("inf"))
             grown = squares[:, -1] > size.amin(dim=1) * self.restart**2
-            bad = grown | ~(alpha.detach().abs().sum(dim=1) < 1e4)
+            bad = grown | ~(alpha.detach().abs().amax(dim=1) < MODERATE)
             if not any_true(bad):
                 return alpha, history
             best = torch.nn.functional.one_hot(size.argmin(dim=1), squares.shape[1]).bool()
@@ -151,13 +156,14 @@ class Anderson(FixedPointSolver):
         alpha = torch.where(bad, best.to(alpha.dtype), alpha)
         return alpha, dataclasses.replace(history, valid=valid)
 
-    def _minimal(self, gram: Tensor, scale: Tensor) -> Tensor:
-        scaled = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
-        # An entry of scale zero (forgotten) gets a one on the diagonal and weight zero.
-        diagonal = torch.where(scale > 0, self.regularization, 1.0)
-        system = scaled + torch.diag_embed(diagonal)
+    def _minimal(self, gram: Tensor, scale: Tensor, valid: Tensor | None) -> Tensor:
+        column = scale.unsqueeze(2)
+        eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+        # An entry of scale zero (forgotten) has a row of zeros: a one on its diagonal makes its weight zero.
+        diagonal = self.regularization if valid is None else torch.where(valid, self.regularization, 1.0).unsqueeze(2)
+        system = torch.addcmul(eye * diagonal, gram, column * scale.unsqueeze(1))
         # The minimiser is the normalised solution of (Gram + reg) y = 1, here in the scaled unknowns.
-        y = torch.linalg.solve_ex(system, scale.unsqueeze(2))[0].squeeze(2) * scale
+        y = torch.linalg.solve_ex(system, column)[0].squeeze(2) * scale
         return y / y.sum(dim=1, keepdim=True)
 
     def _orthogonal(self, history: History, scale: Tensor) -> Tensor:
@@ -188,6 +194,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 def _combine(rows: Rows, weights: Rows) -> Tensor:
     total = rows[0] * weights[0]
+    in_place = not (torch.is_grad_enabled() or inside_transform())
     for row, weight in zip(rows[1:], weights[1:], strict=True):
-        total = torch.addcmul(total, row, weight)
+        total = total.addcmul_(row, weight) if in_place else torch.addcmul(total, row, weight)
     return total

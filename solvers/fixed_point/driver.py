@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..solution import Stats, Status
-from ..transforms import any_true, inside_transform
+from ..transforms import all_true, any_true, inside_transform
 from ..tree import norms
 from .method import Evaluated, FixedPointSolver
 from .problem import Problem
@@ -107,34 +107,39 @@ def advance(problem: Problem, solver: FixedPointSolver, budget: Budget, carry: C
     """One evaluation, its bookkeeping, and the method's next iterate."""
     z = carry.z
     image, residual = problem.evaluate(z)
+    count, active, recording = carry.count + 1, carry.active, torch.is_grad_enabled()
     with torch.no_grad():
         norm, scale, floor = _measure(problem, z, image, residual, carry)
         limit = scale * budget.rtol
         if budget.atol:
             limit = limit + budget.atol
-        # Without a tolerance the newest iterate is the wanted one, whatever its residual.
-        improved = torch.isfinite(norm) if budget.endless else norm < carry.best_norm * PROGRESS
-        ordinary = improved if budget.endless else (norm > limit) & improved
-        if carry.active is not None:
-            ordinary = ordinary | ~carry.active
-        eventful = any_true(~ordinary)
-    count = carry.count + 1
-    if not eventful and carry.active is None:
-        # Every row is running and got better: nothing to freeze, nothing to keep.
-        carry = dataclasses.replace(
-            carry, count=count, best=z, best_norm=norm, best_scale=scale, improved_at=count, floor=floor
-        )
-        active = None
-    else:
-        carry, active = _bookkeeping(carry, budget, z, norm, scale, limit, improved, count, floor)
-        if not any_true(active):
-            return dataclasses.replace(carry, active=active)
-    proposal = solver.propose(problem, Evaluated(z, image, residual, norm), carry.memory)
+        if budget.endless:
+            # Without a tolerance the newest iterate is the wanted one, whatever its residual.
+            going = improved = torch.isfinite(norm)
+        else:
+            going, improved = norm > limit, norm < carry.best_norm * PROGRESS
+        ordinary = going & improved
+        if active is not None:
+            ordinary = ordinary | ~active
+        improving = all_true(ordinary)
+        if improving:
+            # Every running row got better: there is nothing to freeze, and the best iterates are these.
+            changes = {"best": z, "best_norm": norm, "best_scale": scale, "improved_at": count, "floor": floor}
+        else:
+            changes = {}
+            carry = _keep_best(carry, z, norm, scale, improved, count, floor, recording)
+            ended = ~going if active is None else active & ~going
+            if any_true(ended) or (count >= PATIENCE and count % 10 == 0):
+                carry = _retire(carry, budget, z, norm, scale, going, recording)
+                active = carry.active
+    if active is not None and not any_true(active):
+        return carry
+    proposal = solver.propose(problem, Evaluated(z, image, residual, norm, improving), carry.memory)
     following = proposal.z if active is None else torch.where(active.unsqueeze(1), proposal.z, z)
     trajectory = None if carry.trajectory is None else (*carry.trajectory, following)
     return dataclasses.replace(
         carry, z=following, memory=proposal.memory, active=active, extra=carry.extra + proposal.evaluations,
-        trajectory=trajectory, measured=(z.detach(), image.detach()),
+        trajectory=trajectory, measured=(z.detach(), image.detach()), count=count, **changes,
     )  # fmt: skip
 
 
@@ -148,36 +153,45 @@ def _measure(
     return norm, torch.maximum(norms(z.detach()), floor), floor
 
 
-def _bookkeeping(
-    carry: Carry, budget: Budget, z: Tensor, norm: Tensor, scale: Tensor, limit: Tensor, improved: Tensor,
-    count: int, floor: Tensor | None,
-) -> tuple[Carry, Tensor]:  # fmt: skip
-    """Retire the rows that have converged, broken or stagnated, and keep the best iterate of the others."""
-    with torch.no_grad():
-        active = torch.ones_like(improved) if carry.active is None else carry.active
-        broken = active & ~torch.isfinite(norm)
-        done = torch.zeros_like(active) if budget.endless else active & (norm <= limit)
-        improved = improved & active
-        improved_at = torch.where(improved, count, carry.improved_at)
-        stale = torch.zeros_like(active) if budget.endless else active & ~done & (count - improved_at >= PATIENCE)
-        ended = broken | done | stale
-        best_norm = torch.where(improved, norm, carry.best_norm)
-        best_scale = torch.where(improved, scale, carry.best_scale)
-        status = torch.where(done, int(Status.CONVERGED), carry.status)
-        status = torch.where(stale, int(Status.STAGNATED), status)
-        status = torch.where(broken, int(Status.NON_FINITE), status)
-        shown = torch.where(stale, relative(best_norm, best_scale), relative(norm, scale))
-        residual = torch.where(ended, shown, carry.residual)
-        evaluations = torch.where(ended, count + carry.extra, carry.evaluations)
-    best = torch.where(improved.unsqueeze(1), z, carry.best)
-    # A converged row is returned where it was measured, any other at its best.
-    final = torch.where(done.unsqueeze(1), z, best)
-    value = torch.where(ended.unsqueeze(1), final, carry.value)
-    carry = dataclasses.replace(
-        carry, count=count, best=best, best_norm=best_norm, best_scale=best_scale, improved_at=improved_at,
-        value=value, status=status, evaluations=evaluations, residual=residual, floor=floor,
+def _keep_best(
+    carry: Carry, z: Tensor, norm: Tensor, scale: Tensor, improved: Tensor, count: int, floor: Tensor | None,
+    recording: bool,
+) -> Carry:  # fmt: skip
+    """Keep the iterates with the smallest residual, row by row."""
+    with torch.set_grad_enabled(recording):
+        best = torch.where(improved.unsqueeze(1), z, carry.best)
+    return dataclasses.replace(
+        carry, count=count, floor=floor, best=best,
+        best_norm=torch.where(improved, norm, carry.best_norm),
+        best_scale=torch.where(improved, scale, carry.best_scale),
+        improved_at=torch.where(improved, count, carry.improved_at),
     )  # fmt: skip
-    return carry, active & ~ended
+
+
+def _retire(
+    carry: Carry, budget: Budget, z: Tensor, norm: Tensor, scale: Tensor, going: Tensor, recording: bool
+) -> Carry:
+    """End the rows that have converged, broken or stagnated."""
+    active = torch.ones_like(going) if carry.active is None else carry.active
+    broken = active & ~torch.isfinite(norm)
+    done = active & ~going & ~broken
+    stale = torch.zeros_like(active)
+    if not budget.endless:
+        stale = active & ~done & ~broken & (carry.count - carry.improved_at >= PATIENCE)
+    ended = broken | done | stale
+    status = torch.where(done, int(Status.CONVERGED), carry.status)
+    status = torch.where(stale, int(Status.STAGNATED), status)
+    status = torch.where(broken, int(Status.NON_FINITE), status)
+    shown = torch.where(stale, relative(carry.best_norm, carry.best_scale), relative(norm, scale))
+    with torch.set_grad_enabled(recording):
+        # A converged row is returned where it was measured, any other at its best.
+        final = torch.where(done.unsqueeze(1), z, carry.best)
+        value = torch.where(ended.unsqueeze(1), final, carry.value)
+    return dataclasses.replace(
+        carry, value=value, status=status, active=active & ~ended,
+        residual=torch.where(ended, shown, carry.residual),
+        evaluations=torch.where(ended, carry.count + carry.extra, carry.evaluations),
+    )  # fmt: skip
 
 
 def relative(norm: Tensor, scale: Tensor) -> Tensor:

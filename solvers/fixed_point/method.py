@@ -18,12 +18,14 @@ class Evaluated(NamedTuple):
         image: the Picard image z + residual.
         residual: f(z) - z, or -F(z).
         norm: the residual's Euclidean norm, without derivatives.
+        improving: every running row has its smallest residual so far.
     """
 
     z: Tensor
     image: Tensor
     residual: Tensor
     norm: Tensor
+    improving: bool
 
 
 class Proposal(NamedTuple):
