@@ -12,8 +12,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import restpoint
 import yaml
+
+import restpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("solvers", "models", "zoo", "train")

@@ -82,11 +82,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--task", help="only this task")
     sub.add_argument("--pretrained", action="store_true", default=None, help="only what has weights")
 
-    sub = command("info", _info, "show what a model is and where it comes from", "restpoint info deq_small.digits")
+    sub = command("info", _info, "show what a model is and where it comes from", "restpoint info conv_deq_tiny.digits")
     sub.add_argument("name", help="an architecture, architecture.tag, or local-dir:DIR")
 
     sub = command(
-        "predict", _predict, "classify image files", "restpoint predict deq_small.mnist three.png seven.png --top 3"
+        "predict",
+        _predict,
+        "classify image files",
+        "restpoint predict conv_deq_small.mnist digit.png --top 3",
     )
     sub.add_argument("name", help="architecture.tag, or local-dir:DIR")
     sub.add_argument("files", nargs="+", help="image files")
@@ -96,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate",
         _evaluate,
         "measure a pretrained model on its test data",
-        "restpoint evaluate deq_small.mnist --data-dir ~/data",
+        "restpoint evaluate conv_deq_small.mnist --data-dir ~/data",
     )
     sub.add_argument("name", help="architecture.tag, or local-dir:DIR")
     sub.add_argument("--data-dir", help="where the data set lies; not needed for data that a dependency ships")

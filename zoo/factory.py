@@ -42,7 +42,7 @@ def create_model(
     """Build a model of the zoo.
 
     Args:
-        name: an architecture (`deq_small`), an architecture and the tag of its weights (`deq_small.digits`), or
+        name: an architecture (`conv_deq_tiny`), an architecture and the tag of its weights (`conv_deq_tiny.digits`), or
             `local-dir:DIR` for what `save_pretrained` wrote. A tag or a folder sets the architecture's arguments, with
             or without weights.
         pretrained: load the weights that the name stands for. Their sha256 is verified at every load.
@@ -62,8 +62,8 @@ def create_model(
         ValueError: both `pretrained` and `checkpoint_path` are given.
 
     Example:
-        >>> model = restpoint.create_model("deq_small.digits", pretrained=True).eval()
-        >>> model = restpoint.create_model("deq_small.mnist", pretrained=True, num_classes=47, in_chans=3)
+        >>> model = restpoint.create_model("conv_deq_tiny.digits", pretrained=True).eval()
+        >>> model = restpoint.create_model("conv_deq_small.mnist", pretrained=True, num_classes=47, in_chans=3)
     """
     if pretrained and checkpoint_path is not None:
         raise ValueError("Give either pretrained=True or checkpoint_path, not both: each names weights to load.")

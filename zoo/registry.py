@@ -89,15 +89,15 @@ def list_models(
         filter: a pattern with the wildcards of a shell, or several of which one must match: "deq*", "*.mnist".
         family: only this family.
         task: only this task.
-        pretrained: True for weights (`deq_small.digits`), False for bare architectures (`deq_small`), None for both.
-            Weights are listed only where their file is present.
+        pretrained: True for weights (`conv_deq_tiny.digits`), False for bare architectures (`conv_deq_tiny`), None for
+            both. Weights are listed only where their file is present.
 
     Raises:
         UnknownModelError: no architecture has this family or task.
 
     Example:
         >>> restpoint.list_models("deq*", pretrained=True)
-        ['deq_small.digits', 'deq_small.mnist']
+        ['conv_deq_small.mnist', 'conv_deq_tiny.digits']
     """
     known = architectures()
     for kind, wanted in (("family", family), ("task", task)):

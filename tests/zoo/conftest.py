@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
+
 from restpoint.models import registry
 from restpoint.solvers import Picard
 from restpoint.zoo import Card, Data, ImageInput
 from restpoint.zoo.weights import pack_weights
-from torch import nn
 
 
 class Tiny(nn.Module):

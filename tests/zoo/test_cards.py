@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+
 from restpoint.solvers import GMRES, Anderson, ImplicitAdjoint, Picard
 from restpoint.zoo import Card, CardError, Data, ImageInput, Published, Weights
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from restpoint.zoo.cli import main, table
 from restpoint.zoo.predict import predict_files, read_image
 

@@ -4,13 +4,14 @@ import copy
 import pickle
 
 import pytest
-import restpoint
 import safetensors.torch
 import torch
+from torch import nn
+
+import restpoint
 from restpoint.solvers import Anderson, Picard
 from restpoint.zoo import CardError, CheckpointError, UnknownModelError, create_model, load_card, save_pretrained
 from restpoint.zoo.adapt import adapt_channels
-from torch import nn
 
 from .conftest import publish
 

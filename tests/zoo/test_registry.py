@@ -1,6 +1,7 @@
 """Names: registered once, listed with wildcards, and only what can be loaded is called pretrained."""
 
 import pytest
+
 from restpoint.models.registry import ARCHITECTURES, register_model
 from restpoint.zoo import CardError, ImageClassifier, UnknownModelError, create_model, list_models
 

@@ -5,10 +5,11 @@ import pickle
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
+
 from restpoint.zoo import CheckpointError
 from restpoint.zoo.files import write_atomically
 from restpoint.zoo.weights import find_weights, load_state, pack_weights, read_weights
-from torch import nn
 
 
 @pytest.fixture

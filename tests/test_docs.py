@@ -1,0 +1,42 @@
+"""What the README says is true."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+import restpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LOAD, REUSE = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+
+
+def test_the_example_that_loads_a_model():
+    names = {}
+    exec(LOAD, names)
+    accuracy = (names["classes"] == torch.tensor(load_digits().target[2::3])).double().mean()
+    assert float(accuracy) == pytest.approx(names["card"].metrics["accuracy"], abs=1e-3)
+
+
+def test_the_example_that_reuses_a_solver():
+    names = {}
+    exec(REUSE, names)
+    assert names["solution"].converged.all()
+    assert all(parameter.grad is not None for parameter in names["model"].parameters())
+
+
+def test_the_models_and_recipes_that_are_named_exist():
+    assert set(re.findall(r"conv_deq_\w+\.\w+(?<!yaml)", README)) <= set(restpoint.list_models(pretrained=True))
+    recipes = {path.name for path in (ROOT / "train" / "recipes").iterdir()}
+    assert set(re.findall(r"\w+\.yaml", README)) <= recipes
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.name
+)
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).is_file(), f"{page.name} links to {target}"
