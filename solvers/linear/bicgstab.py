@@ -62,6 +62,8 @@ def _cycle(system: System, tolerance: Tensor, r: Tensor, norm: Tensor, active: T
         done = active & ~(s_norm > tolerance)
         ended = ended | done
         active = active & ~done
+        if not any_true(active):
+            break
         # Second half: a step of minimal residual along s, but never a vanishing one, which would end the recursion.
         s_hat = precondition(s)
         t = system.apply(s_hat)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ..options import options, require
 from ..solution import Status
+from ..transforms import plain
 from ..tree import norms
+from .restart import Cycle, iterate_in_cycles
 from .solver import IterativeSolver, Result, System
 
 if TYPE_CHECKING:
@@ -20,8 +22,9 @@ if TYPE_CHECKING:
 class FixedPointLinear(IterativeSolver):
     """The rest point of x -> x + M (b - A x), with M the identity or a preconditioner.
 
-    Lets a backward solve use the method of its forward solve. Anderson acceleration of this map is, to first order,
-    GMRES restarted in a sliding window, and Picard iteration of it the Neumann series.
+    Lets a backward solve use the method of its forward solve. Where the method claims convergence the true residual is
+    computed, and if need be the method is started again on the correction that remains. Anderson acceleration of this
+    map is GMRES, essentially, in a sliding window, and Picard iteration of it is the Neumann series.
 
     Args:
         rtol: tolerance relative to |b|; None takes 1e-10 in float64 and 1e-5 otherwise.
@@ -47,35 +50,39 @@ class FixedPointLinear(IterativeSolver):
             require(self.solver, FixedPointSolver, "solver")
 
     def _run(self, system: System) -> Result:
+        return iterate_in_cycles(system, self._cycle, self._tolerance(system), self.max_steps)
+
+    def _cycle(
+        self, system: System, tolerance: Tensor, r: Tensor, norm: Tensor, active: Tensor, budget: Tensor
+    ) -> Cycle:
         from ..adjoint import UnrollAdjoint
         from ..fixed_point import Anderson, fixed_point
 
-        tolerance = self._tolerance(system)
-        endless = self.rtol == 0 and self.atol == 0
-        # The driver knows one absolute tolerance for all samples: they are scaled so that one is the tolerance of each.
-        scale = tolerance.masked_fill(tolerance == 0, 1.0).unsqueeze(1)
-        b = system.b / scale
+        r = r.masked_fill(~active.unsqueeze(1), 0.0)
+        # The method will measure M r, and knows one absolute tolerance for all samples: every sample is scaled so that
+        # one is its tolerance.
+        shrink = norms(system.precondition(r)) / norm if system.precondition else 1.0
+        target = tolerance * shrink
+        scale = target.masked_fill(~active | (target == 0), 1.0).unsqueeze(1)
+        r = r / scale
 
-        def step(x: Tensor) -> Tensor:
-            residual = b - system.apply(x)
-            return x + (system.precondition(residual) if system.precondition else residual)
+        def step(d: Tensor) -> Tensor:
+            residual = r - system.apply(d)
+            return d + (system.precondition(residual) if system.precondition else residual)
 
         found = fixed_point(
             step,
-            torch.zeros_like(b) if system.x0 is None else system.x0 / scale,
+            torch.zeros_like(r),
             solver=Anderson() if self.solver is None else self.solver,
             # Nothing is recorded here, so there is nothing to attach either.
             adjoint=UnrollAdjoint(),
             rtol=0.0,
-            atol=0.0 if endless else 1.0,
-            max_steps=self.max_steps,
+            # A little less than one: differences of iterates are rounded.
+            atol=0.0 if self.rtol == 0 and self.atol == 0 else 0.9,
+            max_steps=int(plain(budget.masked_fill(~active, self.max_steps)).min()),
         )
-        x = found.value * scale
-        norm = norms(system.b - system.apply(x))
-        # The method measured the residual as the difference of two iterates, and a preconditioned one at that.
-        exact = norm <= tolerance + 4 * torch.finfo(b.dtype).eps * norms(x)
-        status = found.stats.status
-        status = status.masked_fill((status == Status.CONVERGED) & ~exact, Status.STAGNATED)
-        status = status.masked_fill((status == Status.MAX_STEPS) & exact, Status.CONVERGED)
-        status = status.masked_fill(~(norm < torch.inf), Status.NON_FINITE)
-        return Result(x, system.relative(norm), found.stats.steps, found.stats.evaluations + 1, status)
+        stats = found.stats
+        ended = stats.status != Status.MAX_STEPS
+        return Cycle(
+            found.value * scale, stats.steps * active, stats.evaluations * active, ended, torch.zeros_like(ended)
+        )

@@ -56,7 +56,9 @@ class LinearOperator:
         if assemble_with not in ("matvec", "rmatvec"):
             raise ValueError(f"LinearOperator: assemble_with must be 'matvec' or 'rmatvec'; got {assemble_with!r}.")
         self._matvec, self._rmatvec, self._dense = matvec, rmatvec, dense
-        self.batch, self.size, self.dtype, self.device = batch, size, dtype, torch.device(device)
+        self.batch, self.size, self.dtype = batch, size, dtype
+        # "cuda" is not equal to the "cuda:0" of a tensor on it.
+        self.device = torch.empty(0, device=device).device
         self.assemble_with = assemble_with
 
     @classmethod

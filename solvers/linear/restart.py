@@ -1,4 +1,4 @@
-"""Krylov methods in cycles: what a cycle's recursion claims is held against the true residual."""
+"""Methods in cycles: what a cycle claims is held against the true residual."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def linear_solve(
     return solution
 
 
-def _solve_matrix(matrix: Tensor, b: Tensor, solver: LinearSolver, x0: Tensor | None) -> Solution[Tensor]:
+def _solve_matrix(matrix: Tensor, b: Any, solver: LinearSolver, x0: Tensor | None) -> Solution[Tensor]:
     if not isinstance(b, Tensor) or b.ndim != 2:
         what = f"shape {tuple(b.shape)}" if isinstance(b, Tensor) else type(b).__name__
         raise ValueError(f"b: expected a tensor of shape (batch, n) with a matrix operator; got {what}.")
@@ -153,7 +153,7 @@ def _guarded(operator: LinearOperator) -> LinearOperator:
             watched = True
             with torch.set_grad_enabled(enabled), forward_ad._set_fwd_grad_enabled(True):
                 out = apply(v.detach())
-            _refuse(out, "the operator")
+                _refuse(out, "the operator")
             return out.detach()
 
         return first

@@ -125,6 +125,8 @@ class Result:
 class IterativeSolver(LinearSolver):
     """The base of iterative solvers, which stop a sample at |b - A x| <= max(rtol |b|, atol).
 
+    These options are keywords; what a solver adds of its own may also be given by position.
+
     Args:
         rtol: tolerance relative to |b|; None takes 1e-10 in float64 and 1e-5 otherwise.
         atol: absolute tolerance.
@@ -134,6 +136,7 @@ class IterativeSolver(LinearSolver):
         ValueError: a negative or non-finite tolerance; max_steps below one.
     """
 
+    _: dataclasses.KW_ONLY
     rtol: float | None = None
     atol: float = 0.0
     max_steps: int = 200
@@ -156,7 +159,7 @@ def check_tolerance(solver: object, name: str, value: float) -> None:
         raise ValueError(f"{type(solver).__name__}: {name} must be finite and not negative; got {value!r}.")
 
 
-def check_count(solver: object, name: str, value: int) -> None:
+def check_count(solver: object, name: str, value: object) -> None:
     """Raise ValueError unless `value` is an integer of at least one."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{type(solver).__name__}: {name} must be an integer of at least 1; got {value!r}.")
