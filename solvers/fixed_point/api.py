@@ -48,7 +48,7 @@ def fixed_point(
     Args:
         f: takes the state and `args`, returns a state of the same structure, shapes, dtypes and device.
         z0: initial value: a tensor, or a tuple, list or dict of tensors, (batch, ...) each; or an earlier
-            `Solution`, whose value, and solver's memory where the solver is the same, are taken over.
+            `Solution`, whose value is taken over, and of `Broyden`, where the solver is the same, its inverse too.
         args: passed on to `f`; gradients flow to them, and to whatever else `f` uses.
         solver: the method; None takes `Anderson()`, or what the adjoint needs.
         adjoint: how the result is differentiated; None takes `ImplicitAdjoint()`.
@@ -144,7 +144,7 @@ def _solve(
     carry = _adjoint(adjoint).solve(task)
     solution.value = spec.unflatten(carry.value)
     solution.stats = stats_of(carry)
-    solution.warm = (solver, carry.memory, len(carry.value))
+    solution.warm = (solver, solver.lasting(carry.memory), len(carry.value))
     if carry.trajectory is not None:
         solution.trajectory = spec.unflatten(torch.stack(carry.trajectory))
     solution.check(throw, "root" if root else "fixed_point")

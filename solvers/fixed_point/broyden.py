@@ -50,6 +50,14 @@ class InverseJacobian:
         """The newest `count` factors."""
         return InverseJacobian(self.corrections[-count:], self.steps[-count:]) if count else InverseJacobian()
 
+    def salvage(self) -> InverseJacobian:
+        """Itself as a constant, less the factors of a row that broke."""
+
+        def clean(ts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(t.detach().nan_to_num(0.0, 0.0, 0.0) for t in ts)
+
+        return InverseJacobian(clean(self.corrections), clean(self.steps))
+
     def select(self, rows: Tensor) -> InverseJacobian:
         """Those of some rows."""
         return InverseJacobian(
@@ -114,6 +122,10 @@ class Broyden(FixedPointSolver):
     def init(self, z: Tensor) -> BroydenMemory:
         """H = -I: the first step is a Picard step."""
         return BroydenMemory(InverseJacobian())
+
+    def lasting(self, memory: BroydenMemory) -> BroydenMemory:
+        """The inverse, as a first guess of the new one."""
+        return BroydenMemory(memory.inverse.salvage())
 
     def propose(self, problem: Problem, at: Evaluated, memory: BroydenMemory) -> Proposal:
         """A quasi-Newton step, or for a row whose residual grew too much half of the last one."""

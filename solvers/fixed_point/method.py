@@ -53,6 +53,14 @@ class FixedPointSolver(abc.ABC):
     def init(self, z: Tensor) -> Any:
         """The memory before the first evaluation at `z` (batch, n)."""
 
+    def lasting(self, memory: Any) -> Any:
+        """What of a finished solve's memory helps the solve of a neighbouring problem; None where nothing does.
+
+        Residuals and images do not: they belong to the function as it was, and would pass its rest point for the
+        new one's.
+        """
+        return None
+
     @abc.abstractmethod
     def propose(self, problem: Problem, at: Evaluated, memory: Any) -> Proposal:
         """The next iterate after an evaluation."""
