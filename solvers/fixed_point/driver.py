@@ -55,7 +55,7 @@ class Carry:
         best: the iterates with the smallest residual so far (rows, n), their residuals and scales (rows,).
         improved_at: the evaluation that found them: one for all rows, or (rows,).
         floor: |F(x0)| of a root problem (rows,).
-        value, status, evaluations, residual: the results of the rows that have ended.
+        value, status, steps, evaluations, residual: the results of the rows that have ended.
         trajectory: iterates so far, where they were asked for.
         measured: the last evaluated iterates and their images, to check a compacted batch against.
     """
@@ -67,6 +67,7 @@ class Carry:
     best_scale: Tensor
     value: Tensor
     status: Tensor
+    steps: Tensor
     evaluations: Tensor
     residual: Tensor
     count: int = 0
@@ -98,7 +99,7 @@ def start(z: Tensor, memory: Any, trajectory: bool = False) -> Carry:
     infinite = z.new_full((len(z),), float("inf"), dtype=wide)
     zeros = torch.zeros(len(z), dtype=torch.int64, device=z.device)
     return Carry(
-        z, memory, z, infinite, torch.ones_like(infinite), z, zeros + Status.MAX_STEPS, zeros, infinite,
+        z, memory, z, infinite, torch.ones_like(infinite), z, zeros + Status.MAX_STEPS, zeros, zeros, infinite,
         trajectory=(z,) if trajectory else None,
     )  # fmt: skip
 
@@ -190,6 +191,8 @@ def _retire(
     return dataclasses.replace(
         carry, value=value, status=status, active=active & ~ended,
         residual=torch.where(ended, shown, carry.residual),
+        # The last evaluation measured the iterate and took no further step.
+        steps=torch.where(ended, carry.count - 1, carry.steps),
         evaluations=torch.where(ended, carry.count + carry.extra, carry.evaluations),
     )  # fmt: skip
 
@@ -211,10 +214,13 @@ def settle(carry: Carry) -> Carry:
     value = torch.where(active.unsqueeze(1), final, carry.value)
     with torch.no_grad():
         residual = torch.where(active, relative(carry.best_norm, carry.best_scale), carry.residual)
+        steps = torch.where(active, carry.count, carry.steps)
         evaluations = torch.where(active, carry.count + carry.extra, carry.evaluations)
         # Only a loop that runs without a tolerance gets here with a residual of zero.
         status = torch.where(active & (residual == 0), int(Status.CONVERGED), carry.status)
-    return dataclasses.replace(carry, value=value, residual=residual, evaluations=evaluations, status=status)
+    return dataclasses.replace(
+        carry, value=value, residual=residual, steps=steps, evaluations=evaluations, status=status
+    )
 
 
 def iterate(
@@ -240,7 +246,8 @@ def iterate(
         smaller = problem.select(keep)
         if not tried:
             tried = True
-            compact = _independent(smaller, carry, keep)
+            assert carry.measured is not None
+            compact = independent(smaller, *carry.measured, keep)
             carry = dataclasses.replace(carry, extra=carry.extra + 1)
             if not compact:
                 continue
@@ -258,28 +265,26 @@ def _merge(whole: Carry, part: Carry, rows: Tensor | None) -> Carry:
         whole, count=part.count, extra=part.extra,
         **{
             name: getattr(whole, name).index_copy(0, rows, getattr(part, name))
-            for name in ("value", "status", "evaluations", "residual")
+            for name in ("value", "status", "steps", "evaluations", "residual")
         },
     )  # fmt: skip
 
 
-def _independent(part: Problem, carry: Carry, rows: Tensor) -> bool:
-    """Whether the function of some rows alone is what it was among all rows.
+def independent(part: Problem, z: Tensor, image: Tensor, rows: Tensor) -> bool:
+    """Whether the function of some rows alone is what it was among all rows, where z was mapped to image.
 
     Not so where it closes over a per-sample tensor, normalises over the batch or draws random numbers.
     """
-    assert carry.measured is not None
-    z, image = (t[rows] for t in carry.measured)
+    z, image = z.index_select(0, rows), image.index_select(0, rows)
     try:
         alone, _ = part.evaluate(z)
-    except (RuntimeError, ValueError, TypeError, IndexError):
+    except Exception:
+        # Whatever a function says to a batch of another size.
         return False
     rounding = torch.finfo(z.dtype).eps ** 0.5
-    return bool((norms(alone - image) <= rounding * norms(image).clamp_min(rounding)).all())
+    return all_true(norms(alone - image) <= rounding * norms(image).clamp_min(rounding))
 
 
 def stats_of(carry: Carry) -> Stats:
     """The per-sample statistics of a finished run."""
-    # A converged row stops at the iterate that its last evaluation measured, which took no further step.
-    steps = (carry.evaluations - (carry.status == Status.CONVERGED).to(torch.int64)).clamp_min(0)
-    return Stats(steps, carry.evaluations, carry.residual, carry.status)
+    return Stats(carry.steps, carry.evaluations, carry.residual, carry.status)
