@@ -29,7 +29,7 @@ def test_the_example_that_reuses_a_solver():
 
 
 def test_the_models_and_recipes_that_are_named_exist():
-    assert set(re.findall(r"conv_deq_\w+\.\w+(?<!yaml)", README)) <= set(restpoint.list_models(pretrained=True))
+    assert set(re.findall(r"conv_deq_\w+\.(?!yaml)\w+", README)) <= set(restpoint.list_models(pretrained=True))
     recipes = {path.name for path in (ROOT / "train" / "recipes").iterdir()}
     assert set(re.findall(r"\w+\.yaml", README)) <= recipes
 

@@ -69,8 +69,10 @@ def predict_files(
         ZooError: the card does not describe an image classifier.
         ValueError: `top` or `batch_size` is not positive.
     """
-    if card.task != "image-classification" or card.input is None:
+    if card.task != "image-classification":
         raise ZooError(f"{card.name} does not classify images: its task is {card.task}.")
+    if card.input is None:
+        raise ZooError(f"The card of {card.name} does not say how an image becomes an input: its `input` is missing.")
     if top < 1 or batch_size < 1:
         raise ValueError(f"top and batch_size must be positive; got {top} and {batch_size}.")
     for start in range(0, len(files), batch_size):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from restpoint.zoo import ImageInput, create_model, load_card, save_pretrained
 from restpoint.zoo.cli import main, table
 from restpoint.zoo.predict import predict_files, read_image
 
@@ -111,8 +112,6 @@ def test_a_broken_file_is_named_and_stops_nothing(tiny, images, tmp_path, capsys
 
 
 def test_batches_do_not_change_the_answer(tiny, images):
-    from restpoint.zoo import load_card
-
     card = load_card("trial_tiny.ones")
     files = [images[i % 3] for i in range(7)]
     one, many = (list(predict_files(tiny, card, files, batch_size=size)) for size in (1, 4))
@@ -120,9 +119,18 @@ def test_batches_do_not_change_the_answer(tiny, images):
     assert [p.file for p in many] == files
 
 
-def test_a_model_for_another_number_of_channels(images, tmp_path):
-    from restpoint.zoo import ImageInput
+def test_a_card_that_cannot_predict_says_why(tiny, images, tmp_path, capsys):
+    save_pretrained(create_model("trial_tiny"), tmp_path / "new")
+    status, _, err = run(capsys, "predict", f"local-dir:{tmp_path / 'new'}", images[0])
+    assert status == 1
+    assert "its `input` is missing" in err
+    save_pretrained(create_model("trial_bare"), tmp_path / "bare")
+    status, _, err = run(capsys, "predict", f"local-dir:{tmp_path / 'bare'}", images[0])
+    assert status == 1
+    assert "trial_bare.local does not classify images: its task is regression" in err
 
+
+def test_a_model_for_another_number_of_channels(images, tmp_path):
     assert read_image(images[0], ImageInput((3, 4, 7), (0.0,) * 3, (1.0,) * 3)).shape == (3, 4, 7)
     with pytest.raises(ValueError, match="takes 2 channels"):
         read_image(images[0], ImageInput((2, 4, 7), (0.0,) * 2, (1.0,) * 2))
