@@ -50,19 +50,19 @@ $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer with venv found; name one by PYTHON=..." >&2; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
 
-$(VENV)/.base: setup.py pyproject.toml | $(VENV)/bin/python
+$(VENV)/.base: setup.py | $(VENV)/bin/python
 	$(PIP) --editable .
 	touch $@
 
-$(VENV)/.dev: setup.py pyproject.toml | $(VENV)/bin/python
+$(VENV)/.dev: setup.py | $(VENV)/bin/python
 	$(PIP) --editable ".[dev]"
 	touch $(VENV)/.base $@
 
-$(VENV)/.docs: setup.py pyproject.toml | $(VENV)/bin/python
+$(VENV)/.docs: setup.py | $(VENV)/bin/python
 	$(PIP) --editable ".[docs]"
 	touch $(VENV)/.base $@
 
-$(VENV)/.bench: setup.py pyproject.toml | $(VENV)/bin/python
+$(VENV)/.bench: setup.py | $(VENV)/bin/python
 	$(PIP) --editable ".[bench]"
 	touch $(VENV)/.base $@
 
