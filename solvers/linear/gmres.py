@@ -23,7 +23,7 @@ class GMRES(IterativeSolver):
 
     The basis is orthogonalised by classical Gram-Schmidt done twice, which is as good as Householder's reflections
     and takes two products of matrices where modified Gram-Schmidt takes a loop over vectors; the small least-squares
-    problem is solved by Givens rotations in float64. A preconditioner is applied from the right, so that the residual
+    problem is solved by plane reflections in float64. A preconditioner is applied from the right, so that the residual
     remains that of A x = b.
 
     Args:
@@ -55,59 +55,61 @@ class GMRES(IterativeSolver):
         tiny = torch.finfo(r.dtype).tiny
         length = min(self.restart, self.max_steps, r.shape[1])
         precondition = system.precondition or (lambda v: v)
-        basis = Basis(length)
+        basis = Basis(length + 1)
         # Samples that are done get zero vectors: cheap to mask, and no operator can make a NaN of them.
         v = basis.append(r, active / norm.clamp_min(tiny))
-        columns, rotations = [], []
+        columns, reflections = [], []
         last = torch.ones_like(norm, dtype=torch.float64).unsqueeze(1)
-        estimate = norm.double()
+        relative = tolerance / norm
         steps = torch.zeros_like(norm, dtype=torch.int64)
-        ended = torch.zeros_like(active)
+        started = active
         for step in range(length):
             h, w = basis.orthogonalise(system.apply(precondition(v)))
             height = torch.linalg.vector_norm(w, dim=1)
             column = torch.cat([h, height.unsqueeze(1)], dim=1).double()
             columns.append(column)
-            # The product Q of all rotations so far is kept by rows. Its last row is the only one that the next rotation
-            # changes, and the only one needed to find that rotation.
+            # The product Q of all reflections so far is kept by rows. Its last row is the only one that the next
+            # reflection changes and the only one needed to find it, and starts with the relative residual.
             d = torch.linalg.vecdot(last, column[:, :-1])
             tall = column[:, -1]
             diagonal = torch.hypot(d, tall)
             cosine, sine = (d / diagonal).unsqueeze(1), (tall / diagonal).unsqueeze(1)
-            rotations.append(torch.cat([last * cosine, sine], dim=1))
-            last = torch.cat([last * -sine, cosine], dim=1)
-            estimate = estimate * sine.squeeze(1)
+            reflections.append(torch.cat([last * cosine, sine], dim=1))
+            last = torch.cat([last * sine, -cosine], dim=1)
             steps = steps + active
-            # Not above the noise: the Krylov space is invariant, exhausted, and exact unless the matrix is singular.
-            going = (estimate > tolerance) & (height > noise * torch.linalg.vector_norm(h, dim=1))
-            ended = ended | (active & ~going)
-            active = active & going & (steps < budget)
+            # A height of rounding noise: the Krylov space is exhausted, and exact unless the matrix is singular.
+            above = height > noise * torch.linalg.vector_norm(h, dim=1)
+            active = active & (last[:, 0] > relative) & above & (steps < budget)
             if step + 1 == length or not any_true(active):
                 break
             v = basis.append(w, active / height.clamp_min(tiny))
-        y = _least_squares(columns, rotations, norm, steps, noise)
+        y = _least_squares(columns, reflections, norm, steps, noise)
         update = precondition(basis.combine(y.to(r.dtype)))
+        ended = started & ~active & (steps < budget)
         return Cycle(update, steps, steps, ended, torch.zeros_like(ended))
 
 
-def _least_squares(columns: list[Tensor], rotations: list[Tensor], norm: Tensor, steps: Tensor, noise: float) -> Tensor:
+def _least_squares(
+    columns: list[Tensor], reflections: list[Tensor], norm: Tensor, steps: Tensor, noise: float
+) -> Tensor:
     """The minimisers y (batch, k) of | |r| e1 - H y |, every sample with its own number of leading columns.
 
     Args:
         columns: those of the Hessenberg matrix H, column j (batch, j + 2).
-        rotations: rows of the orthogonal Q that makes H triangular, row j (batch, j + 2).
+        reflections: rows of the orthogonal Q that makes H triangular, row j (batch, j + 2).
         norm: |r| (batch,).
         steps: how many columns count (batch,).
         noise: a diagonal entry below `noise` times its column is that of a singular matrix; the column is left out.
     """
     k = len(columns)
-    # Both lists, end to end, are the staircase of a (k, k + 1) matrix; its zeros are put in by one gather.
+    # Both lists, end to end, are the staircase of a (k, k + 1) matrix: one gather fills it, with zeros from a leading
+    # column of them.
     row = torch.arange(k, device=norm.device)
     line = torch.arange(k + 1, device=norm.device)
-    filled = line <= row.unsqueeze(1) + 1
-    place = ((row * (row + 3) // 2).unsqueeze(1) + line) * filled
-    flat = torch.stack([torch.cat(columns, dim=1), torch.cat(rotations, dim=1)])
-    hessenberg, q = flat[:, :, place].masked_fill(~filled, 0.0).unbind()
+    place = ((row * (row + 3) // 2 + 1).unsqueeze(1) + line) * (line <= row.unsqueeze(1) + 1)
+    zero = torch.zeros_like(columns[0][:, :1])
+    flat = torch.stack([torch.cat([zero, *columns], dim=1), torch.cat([zero, *reflections], dim=1)])
+    hessenberg, q = flat.index_select(2, place.flatten()).unflatten(2, (k, k + 1)).unbind()
     triangle = torch.bmm(q, hessenberg.mT)
     diagonal = triangle.diagonal(dim1=1, dim2=2)
     used = (row < steps.unsqueeze(1)) & (diagonal.abs() > noise * torch.linalg.vector_norm(hessenberg, dim=2))
@@ -139,26 +141,29 @@ class Basis:
 
     def append(self, w: Tensor, factor: Tensor) -> Tensor:
         """Add w (batch, n) times factor (batch,), and return the product."""
-        factor = factor.unsqueeze(1)
-        if self._functional:
-            v = w * factor
-        else:
-            if self._store is None:
-                self._store = w.new_empty(self._capacity, *w.shape)
-            v = torch.mul(w, factor, out=self._store[len(self._rows)])
+        v = torch.mul(w, factor.unsqueeze(1), out=self._free(w))
         self._rows.append(v)
         return v
 
     def orthogonalise(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients h (batch, count) and what remains of w (batch, n): w = h vectors + rest."""
-        vectors = self.vectors
+        vectors, free = self.vectors, self._free(w)
+        out = None if free is None else free.unsqueeze(1)
         # Rows from the left: bmm on a CPU is an order of magnitude slower for the same products written as columns.
         row = w.unsqueeze(1)
         first = torch.bmm(row, vectors.mT)
-        row = torch.baddbmm(row, first, vectors, alpha=-1)
+        row = torch.baddbmm(row, first, vectors, alpha=-1, out=out)
         second = torch.bmm(row, vectors.mT)
-        row = torch.baddbmm(row, second, vectors, alpha=-1, out=None if self._functional else row)
-        return first.add_(second).squeeze(1), row.squeeze(1)
+        row = torch.baddbmm(row, second, vectors, alpha=-1, out=out)
+        return (first + second).squeeze(1), row.squeeze(1)
+
+    def _free(self, like: Tensor) -> Tensor | None:
+        """Where the next vector will be, and may be worked on until then; None if that must be new memory."""
+        if self._functional:
+            return None
+        if self._store is None:
+            self._store = like.new_empty(self._capacity, *like.shape)
+        return self._store[len(self._rows)]
 
     def combine(self, y: Tensor) -> Tensor:
         """Sum of y_j times vector j, for y (batch, k) with k <= count: (batch, n)."""
