@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import weakref
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from ..adjoint.shared import CheckpointAdjoint, ReversibleAdjoint
 from ..adjoint.taped import CheckpointedSteps
 from ..options import require
 from ..solution import Solution, Stats
-from ..tree import flatten
+from ..tree import StateError, flatten
 from .anderson import Anderson
 from .driver import Budget, stats_of
 from .method import FixedPointSolver
@@ -120,12 +121,21 @@ def _solve(
     function: Callable[..., Any], z0: Any, args: tuple[Any, ...] | list[Any], solver: FixedPointSolver,
     adjoint: AnyAdjoint, rtol: float, atol: float, max_steps: int, throw: bool | str, trajectory: bool, root: bool,
 ) -> Solution[Any]:  # fmt: skip
+    if torch.is_inference_mode_enabled():
+        # Newton and the like differentiate the function, and a tensor made here cannot even be versioned.
+        with torch.inference_mode(False), torch.no_grad():
+            z0, args = _ordinary(z0), _ordinary(args)
+            return _solve(function, z0, args, solver, adjoint, rtol, atol, max_steps, throw, trajectory, root)
     require(solver, FixedPointSolver, "solver")
     budget = _budget(rtol, atol, max_steps)
     if not isinstance(args, (tuple, list)):
         raise TypeError(f"args must be a tuple of what follows the state; got {type(args).__name__}.")
     warm = z0 if isinstance(z0, Solution) else None
     matrix, spec = flatten(_detached(z0) if warm is not None else z0, "x0" if root else "z0")
+    if matrix.is_inference():
+        matrix = matrix.clone()
+    if spec.size == 0:
+        raise StateError(f"{'x0' if root else 'z0'}: a sample of the initial value holds no numbers.")
     problem = Problem(function, tuple(args), spec, root, "residual(x)" if root else "f(z)")
     memory = None
     if warm is not None and isinstance(warm.warm, tuple) and warm.warm[0] == solver and warm.warm[2] == len(matrix):
@@ -171,3 +181,10 @@ def _budget(rtol: float, atol: float, max_steps: int) -> Budget:
 
 def _detached(solution: Solution[Any]) -> Any:
     return torch.utils._pytree.tree_map(torch.Tensor.detach, solution.value)
+
+
+def _ordinary(structure: Any) -> Any:
+    """Copies of the tensors that inference mode made, which autograd accepts."""
+    if isinstance(structure, Solution):
+        return dataclasses.replace(structure, value=_ordinary(structure.value), warm=None)
+    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.clone() if t.is_inference() else t, structure)

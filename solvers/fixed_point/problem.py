@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..linear.operator import LinearOperator
 from ..transforms import inside_transform, no_derivatives
-from ..tree import StateSpec
+from ..tree import StateError, StateSpec
 
 DENSE_LIMIT = 2048
 """Numbers a sample up to which a Jacobian may be assembled."""
@@ -40,9 +40,25 @@ class Problem:
     name: str
 
     def output(self, z: Tensor) -> Tensor:
-        """f(z) or F(z) as a matrix."""
+        """f(z) or F(z) as a matrix.
+
+        Raises:
+            StateError: the function returned another structure, shape, dtype or device, or wrote into its argument.
+        """
+        version = z._version
         state = self.function(self.spec.unflatten(z), *self.args)
-        return self.spec.flatten(state, self.name, cast=torch.is_autocast_enabled(z.device.type))
+        out = self.spec.flatten(state, self.name, cast=torch.is_autocast_enabled(z.device.type))
+        if len(out) != len(z):
+            raise StateError(
+                f"{self.name}: expected a batch of {len(z)} as in the initial value, got {len(out)}. A batch of one is "
+                "not broadcast: give the initial value the batch of what the function computes."
+            )
+        if z._version != version:
+            raise StateError(
+                f"{self.name}: the function changed the state that it was given, in place, and so the residual cannot "
+                "be measured; return a new state instead."
+            )
+        return out
 
     def evaluate(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The Picard image z + r and the residual r."""
@@ -96,7 +112,8 @@ class Problem:
             return torch.stack(rows, dim=1)
         taped = torch.is_grad_enabled()
         with torch.enable_grad():
-            point = z if z.requires_grad else z.detach().requires_grad_()
+            # Unlike a detached tensor, a clone keeps the tangent of forward-mode differentiation.
+            point = z if z.requires_grad else z.clone().requires_grad_()
             residual = self.residual(point)
             rows = [
                 torch.autograd.grad(residual, point, -basis[i].expand(batch, size), True, taped, allow_unused=True)[0]
