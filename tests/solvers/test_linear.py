@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from restpoint.solvers.fixed_point import Anderson, Picard
 from restpoint.solvers.linear import (
     CG,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from restpoint.solvers.linear import LU, LinearOperator
 
 

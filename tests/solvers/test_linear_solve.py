@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from restpoint.solvers.linear import CG, GMRES, LU, Auto, BiCGSTAB, LinearOperator, linear_solve
 from restpoint.solvers.solution import AdjointWarning, SolverError, StagnationWarning, Status
 
