@@ -3,54 +3,55 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..options import options
-from ..transforms import all_true, any_true, inside_transform
+from ..transforms import all_true, any_true
 from .method import Evaluated, FixedPointSolver, Proposal
 from .problem import Problem
-
-Rows = tuple[Tensor, ...]
+from .ring import Ring, bordered
 
 MODERATE = 1e4
 """Coefficients of at least this size are a sign of a Gram matrix that rounding has spoilt."""
 
+SMALLEST = 1e-200
+"""A squared length in float64 below which a residual counts as zero; its inverse and its square are finite."""
+
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """The last iterates, oldest first.
+    """The last iterates, by slot.
 
     Attributes:
-        images: (rows, n) each.
-        residuals: (rows, n) each.
+        images: f(z_i).
+        residuals: f(z_i) - z_i.
         gram: inner products of the residuals (rows, h, h), in float64.
-        valid: which entries a row still uses (rows, h); None while all are.
-        steps: z_{i+1} - z_i (rows, n) each; kept by type I only.
-        z: the iterate of the newest entry; kept by type I only.
+        valid: which slots a row still uses (rows, h); None while all are.
+        steps: z_i - z_{i-1}, the first one zero; kept by type I only.
+        cross: inner products of steps and residuals (rows, h, h), in float64; kept by type I only.
+        z: the newest iterate; kept by type I only.
     """
 
-    images: Rows = ()
-    residuals: Rows = ()
+    images: Ring
+    residuals: Ring
     gram: Tensor | None = None
     valid: Tensor | None = None
-    steps: Rows = ()
+    steps: Ring | None = None
+    cross: Tensor | None = None
     z: Tensor | None = None
 
     def select(self, rows: Tensor) -> History:
         """The history of some rows."""
 
-        def take(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.index_select(0, rows)
+        def take(value: Any) -> Any:
+            if isinstance(value, Ring):
+                return value.select(rows)
+            return None if value is None else value.index_select(0, rows)
 
-        def each(ts: Rows) -> Rows:
-            return tuple(t.index_select(0, rows) for t in ts)
-
-        return History(
-            each(self.images), each(self.residuals), take(self.gram), take(self.valid), each(self.steps), take(self.z)
-        )
+        return History(*[take(getattr(self, field.name)) for field in dataclasses.fields(self)])
 
 
 @options
@@ -69,7 +70,9 @@ class Anderson(FixedPointSolver):
         kind: "II" or "I".
         damping: share of the combined images against the combined iterates, in (0, 1].
         regularization: added to the diagonal of the Gram matrix of the residuals scaled to length one, so it is
-            relative to the trace at any size of the residual.
+            relative to the trace at any size of the residual. Strong for a ridge of this kind on purpose: over a
+            short memory it discards directions that the last residuals hardly tell apart, and on ill-conditioned
+            problems that saves up to a third of the steps.
         restart: growth of the residual that triggers a restart.
 
     Raises:
@@ -78,10 +81,10 @@ class Anderson(FixedPointSolver):
     Source: Walker and Ni 2011, Anderson acceleration for fixed-point iterations; Fang and Saad 2009, section 2.
     """
 
-    memory: int = 5
+    memory: int = 6
     kind: Literal["I", "II"] = "II"
     damping: float = 1.0
-    regularization: float = 1e-8
+    regularization: float = 1e-3
     restart: float = 10.0
 
     def __post_init__(self) -> None:
@@ -98,103 +101,101 @@ class Anderson(FixedPointSolver):
 
     def init(self, z: Tensor) -> History:
         """An empty history."""
-        return History()
+        return History(Ring(self.memory), Ring(self.memory), steps=Ring(self.memory) if self.kind == "I" else None)
 
     def propose(self, problem: Problem, at: Evaluated, memory: History) -> Proposal:
         """The combination of the remembered images."""
-        history = self._remember(memory, at)
+        slot = memory.images.slot
+        history = self._remember(memory, at, slot)
         if len(history.images) == 1:
             return Proposal(torch.add(at.z, at.residual, alpha=self.damping), history)
-        alpha, history = self._coefficients(history, at.improving)
-        weights = alpha.to(at.z.dtype).split(1, dim=1)
-        z = _combine(history.images, weights)
+        alpha, history = self._coefficients(history, slot, at.improving)
+        z = history.images.combine(alpha)
         if self.damping != 1:
-            z = torch.sub(z, _combine(history.residuals, weights), alpha=1 - self.damping)
+            z = torch.sub(z, history.residuals.combine(alpha), alpha=1 - self.damping)
         return Proposal(z, history)
 
-    def _remember(self, old: History, at: Evaluated) -> History:
-        keep = slice(-(self.memory - 1), None) if self.memory > 1 else slice(0, 0)
-        residuals = (*old.residuals[keep], at.residual)
-        row = torch.stack([_dot(r, at.residual) for r in residuals], dim=1).double()
-        if old.gram is None or len(residuals) == 1:
-            gram = row.unsqueeze(2)
-        else:
-            block = old.gram[:, keep, keep]
-            gram = torch.cat([torch.cat([block, row[:, :-1].unsqueeze(2)], dim=2), row.unsqueeze(1)], dim=1)
+    def _remember(self, old: History, at: Evaluated, slot: int) -> History:
+        residuals = old.residuals.put(at.residual)
+        row = residuals.dots(at.residual).double()
+        gram = bordered(old.gram, slot, row, row)
         valid = old.valid
         if valid is not None:
-            valid = torch.cat([valid[:, keep], torch.ones_like(valid[:, :1])], dim=1)
-        steps, z = (), None
-        if self.kind == "I":
-            steps, z = old.steps[keep] if self.memory > 1 else (), at.z
-            if old.z is not None:
-                steps = (*steps, at.z - old.z)[-(len(residuals) - 1) :] if len(residuals) > 1 else ()
-        return History((*old.images[keep], at.image), residuals, gram, valid, steps, z)
+            here = torch.arange(len(residuals), device=valid.device) == slot
+            valid = torch.nn.functional.pad(valid, (0, len(residuals) - valid.shape[1]), value=True) | here
+        history = History(old.images.put(at.image), residuals, gram, valid)
+        if old.steps is None:
+            return history
+        step = torch.zeros_like(at.z) if old.z is None else at.z - old.z
+        steps = old.steps.put(step)
+        cross = bordered(old.cross, slot, residuals.dots(step).double(), steps.dots(at.residual).double())
+        return dataclasses.replace(history, steps=steps, cross=cross, z=at.z)
 
-    def _coefficients(self, history: History, improving: bool) -> tuple[Tensor, History]:
+    def _coefficients(self, history: History, slot: int, improving: bool) -> tuple[Tensor, History]:
         """alpha (rows, h) in float64, and the history less what a restart forgets."""
         gram = history.gram
         assert gram is not None
         squares = gram.diagonal(dim1=1, dim2=2)
         # Residuals of length one make the regularisation relative to each of them: the newest, which may be
         # orders of magnitude smaller than the oldest, is not drowned by it.
-        scale = squares.clamp_min(torch.finfo(squares.dtype).tiny).rsqrt()
+        scale = squares.clamp_min(SMALLEST).rsqrt()
         if history.valid is not None:
             scale = scale * history.valid
-        alpha = self._minimal(gram, scale, history.valid) if self.kind == "II" else self._orthogonal(history, scale)
+        if self.kind == "II":
+            matrix, right = self._minimal(gram, scale, history.valid), scale
+        else:
+            matrix, right = self._orthogonal(history, scale, slot)
+        alpha = _solve(matrix, right, scale)
         with torch.no_grad():
             if improving and all_true(alpha.detach().abs().amax() < MODERATE):
                 return alpha, history
             size = squares if history.valid is None else squares.masked_fill(~history.valid, float("inf"))
-            grown = squares[:, -1] > size.amin(dim=1) * self.restart**2
+            grown = squares[:, slot] > size.amin(dim=1) * self.restart**2
             bad = grown | ~(alpha.detach().abs().amax(dim=1) < MODERATE)
             if not any_true(bad):
                 return alpha, history
             best = torch.nn.functional.one_hot(size.argmin(dim=1), squares.shape[1]).bool()
             bad = bad.unsqueeze(1)
-            valid = torch.where(bad, best, True if history.valid is None else history.valid)
+            # Type I needs consecutive iterates, so it cannot keep an older one on its own.
+            kept = best if self.kind == "II" else torch.zeros_like(best)
+            valid = torch.where(bad, kept, True if history.valid is None else history.valid)
+        # A NaN that is not chosen still spoils a taped gradient: the bad systems are replaced and solved again.
+        eye = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+        matrix = torch.where(bad.unsqueeze(2), eye, matrix)
+        alpha = _solve(matrix, torch.where(bad, 1.0, right), torch.where(bad, 1.0, scale))
         alpha = torch.where(bad, best.to(alpha.dtype), alpha)
         return alpha, dataclasses.replace(history, valid=valid)
 
     def _minimal(self, gram: Tensor, scale: Tensor, valid: Tensor | None) -> Tensor:
-        column = scale.unsqueeze(2)
+        """The scaled and regularised Gram matrix: the minimiser solves it for a right-hand side of ones."""
         eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-        # An entry of scale zero (forgotten) has a row of zeros: a one on its diagonal makes its weight zero.
+        # A slot of scale zero (forgotten) has a row of zeros: a one on its diagonal makes its weight zero.
         diagonal = self.regularization if valid is None else torch.where(valid, self.regularization, 1.0).unsqueeze(2)
-        system = torch.addcmul(eye * diagonal, gram, column * scale.unsqueeze(1))
-        # The minimiser is the normalised solution of (Gram + reg) y = 1, here in the scaled unknowns.
-        y = torch.linalg.solve_ex(system, column)[0].squeeze(2) * scale
-        return y / y.sum(dim=1, keepdim=True)
+        return torch.addcmul(eye * diagonal, gram, scale.unsqueeze(2) * scale.unsqueeze(1))
 
-    def _orthogonal(self, history: History, scale: Tensor) -> Tensor:
-        steps, residuals = history.steps, history.residuals
-        inner = [torch.stack([_dot(s, r) for r in residuals], dim=1) for s in steps]
-        lengths = torch.stack([_dot(s, s) for s in steps], dim=1).double()
-        matrix = torch.stack(inner, dim=1).double()
-        matrix = matrix / lengths.clamp_min(torch.finfo(torch.float64).tiny).sqrt().unsqueeze(2)
-        matrix = matrix * scale.unsqueeze(1)
+    def _orthogonal(self, history: History, scale: Tensor, slot: int) -> tuple[Tensor, Tensor]:
+        """The conditions, a row each, and their right-hand side."""
+        cross, steps = history.cross, history.steps
+        assert cross is not None and steps is not None
+        size = cross.shape[1]
+        matrix = cross * scale.unsqueeze(1)
+        matrix = matrix * matrix.square().sum(dim=2, keepdim=True).clamp_min(SMALLEST).rsqrt()
+        # The oldest iterate's step began where nothing is remembered; its row states that alpha sums to one.
+        oldest = (slot + 1) % size
+        first = torch.arange(size, device=cross.device) == oldest
+        matrix = torch.where(first.unsqueeze(1), (scale / scale.amax(dim=1, keepdim=True)).unsqueeze(1), matrix)
         if history.valid is not None:
-            # The condition of a step that touches a forgotten iterate is dropped in favour of alpha_i = 0 for it.
-            use = (history.valid[:, 1:] & history.valid[:, :-1]).unsqueeze(2)
-            away = torch.eye(len(residuals), dtype=matrix.dtype, device=matrix.device)[:-1]
-            matrix = torch.where(use, matrix, away)
-        system = torch.cat([matrix, scale.unsqueeze(1)], dim=1)
-        right = torch.zeros_like(scale)
-        right = torch.cat([right[:, 1:], torch.ones_like(right[:, :1])], dim=1)
-        alpha, info = torch.linalg.solve_ex(system, right.unsqueeze(2))
-        alpha = alpha.squeeze(2) * scale
-        return torch.where(info.unsqueeze(1) == 0, alpha, float("nan"))
+            # What is valid is a run of the newest. The slots before it have weight zero, each by its own row; the
+            # oldest slot's row is taken, so that its condition stands in the row of the run's first step.
+            eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+            starts = history.valid & ~history.valid.roll(1, dims=1) & ~first
+            matrix = torch.where((~history.valid & ~first).unsqueeze(2), eye, matrix)
+            matrix = torch.where(starts.unsqueeze(2), eye[oldest], matrix)
+        return matrix, first.to(matrix.dtype).expand(len(matrix), size)
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    if a.dtype in (torch.float16, torch.bfloat16):
-        a, b = a.float(), b.float()
-    return torch.linalg.vecdot(a, b)
-
-
-def _combine(rows: Rows, weights: Rows) -> Tensor:
-    total = rows[0] * weights[0]
-    in_place = not (torch.is_grad_enabled() or inside_transform())
-    for row, weight in zip(rows[1:], weights[1:], strict=True):
-        total = total.addcmul_(row, weight) if in_place else torch.addcmul(total, row, weight)
-    return total
+def _solve(matrix: Tensor, right: Tensor, scale: Tensor) -> Tensor:
+    """Coefficients that sum to one, from those of the residuals scaled to length one."""
+    y, info = torch.linalg.solve_ex(matrix, right.unsqueeze(2))
+    y = torch.where(info.unsqueeze(1) == 0, y.squeeze(2) * scale, float("nan"))
+    return y / y.sum(dim=1, keepdim=True)

@@ -98,7 +98,8 @@ class Broyden(FixedPointSolver):
     solve (`ImplicitAdjoint(reuse=...)`). Choose it where Anderson needs many steps and memory allows.
 
     Attributes:
-        memory: how many updates are kept; the oldest is dropped first.
+        memory: how many updates are kept; the oldest is dropped first. More is not always better: old updates
+            describe the Jacobian where the iterate no longer is.
         line_search: halve the step of a row whose residual grows past `growth` times the last accepted one.
         growth: see above; above 1, since the residual of a good quasi-Newton path need not fall monotonically.
 
@@ -109,7 +110,7 @@ class Broyden(FixedPointSolver):
     equations, section 7.3.
     """
 
-    memory: int = 20
+    memory: int = 8
     line_search: bool = True
     growth: float = 2.0
 
