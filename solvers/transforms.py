@@ -8,11 +8,32 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch.autograd import forward_ad
 
 
 def inside_transform() -> bool:
     """True inside torch.func.grad, vjp, jvp, vmap and what is built of them."""
     return _functorch.peek_interpreter_stack() is not None
+
+
+def _levels() -> list[_functorch.TransformType]:
+    """The kinds of the transforms of torch.func that enclose the caller, the outermost first."""
+    return [level.key() for level in _functorch.get_interpreter_stack() or ()]
+
+
+def derivative_levels() -> int:
+    """How many transforms of torch.func that differentiate enclose the caller."""
+    return sum(kind in (_functorch.TransformType.Grad, _functorch.TransformType.Jvp) for kind in _levels())
+
+
+def inside_reverse() -> bool:
+    """True inside torch.func.grad, vjp and what is built of them."""
+    return _functorch.TransformType.Grad in _levels()
+
+
+def inside_vmap() -> bool:
+    """True inside torch.func.vmap and what is built of it."""
+    return _functorch.TransformType.Vmap in _levels()
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -30,6 +51,11 @@ def any_true(mask: Tensor) -> bool:
 def all_true(mask: Tensor) -> bool:
     """Whether every entry holds, in every example of an enclosing vmap."""
     return bool(plain(mask).all())
+
+
+def recording_tangents() -> bool:
+    """Whether a level of forward-mode differentiation is open, of torch.func or not, and not switched off."""
+    return forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
 
 
 @contextlib.contextmanager

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..fixed_point.driver import Budget, Carry, iterate, start
+from ..fixed_point.driver import Budget, Carry, independent, iterate, start
 from ..fixed_point.method import FixedPointSolver
 from ..fixed_point.problem import Problem
 from ..solution import Stats, Status
-from ..transforms import inside_transform, no_derivatives
+from ..transforms import inside_transform, inside_vmap, no_derivatives, plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class RestPointAdjoint(Adjoint):
         z = carry.value.detach()
         if not wants_derivatives():
             return dataclasses.replace(carry, value=z)
-        rows = healthy_rows(task.problem, carry.status)
+        rows = healthy_rows(task.problem, carry)
         if rows is None:
             return dataclasses.replace(carry, value=self.attach(task.problem, z, carry, task.report))
 
@@ -91,13 +91,18 @@ class RestPointAdjoint(Adjoint):
         """z (batch, n), a constant, with derivatives."""
 
 
-def healthy_rows(problem: Problem, status: Tensor) -> Tensor | None:
+def healthy_rows(problem: Problem, carry: Carry) -> Tensor | None:
     """The rows to record where some broke, since a NaN would reach shared parameters; None for all of them."""
-    batch = len(status)
-    if inside_transform() or not problem.divisible(batch):
+    batch = len(carry.status)
+    if inside_vmap() or not problem.divisible(batch):
         return None
-    rows = (status != Status.NON_FINITE).nonzero().flatten()
-    return rows if 0 < len(rows) < batch else None
+    rows = (plain(carry.status) != Status.NON_FINITE).nonzero().flatten()
+    if not 0 < len(rows) < batch:
+        return None
+    with no_derivatives():
+        z = carry.value.detach()
+        image, _ = problem.evaluate(z)
+        return rows if independent(problem.select(rows), z, image, rows) else None
 
 
 def spread(stats: Stats, rows: Tensor, batch: int) -> Stats:

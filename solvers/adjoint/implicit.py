@@ -14,12 +14,13 @@ from ..fixed_point.broyden import BroydenMemory, InverseJacobian
 from ..fixed_point.driver import Carry
 from ..fixed_point.method import FixedPointSolver
 from ..fixed_point.problem import Problem, operator_of_recording
-from ..linear import GMRES, Auto, LinearOperator, LinearSolver
+from ..linear import Auto, LinearOperator, LinearSolver
 from ..options import options, require
 from ..solution import AdjointWarning, Solution, SolverError, Stats, Status
-from ..transforms import inside_transform, no_derivatives
+from ..transforms import any_true, derivative_levels, inside_transform, no_derivatives
 from ..tree import norms
 from .base import RestPointAdjoint, forward_level
+from .coupling import coupled, doubtful, solve_jointly
 
 Solve = Callable[[Tensor, bool], Tensor]
 """(right-hand side, transposed) -> solution of A x = b or A^T x = b."""
@@ -62,7 +63,7 @@ class ImplicitAdjoint(RestPointAdjoint):
         if isinstance(self.linear_solver, FixedPointSolver):
             from ..linear import FixedPointLinear
 
-            object.__setattr__(self, "linear_solver", FixedPointLinear(self.linear_solver))
+            object.__setattr__(self, "linear_solver", FixedPointLinear(solver=self.linear_solver))
         require(self.linear_solver, LinearSolver, "linear_solver")
         if self.order not in (1, 2):
             raise ValueError(f"ImplicitAdjoint: order must be 1 or 2; got {self.order!r}.")
@@ -86,7 +87,7 @@ class ImplicitAdjoint(RestPointAdjoint):
             solve = _Solver(self, operator, inverse, report)
             value = z + self._correct(_residual(problem, out, z), solve)
             if self.order == 2:
-                value = value + self._correct(problem.residual(value), solve)
+                value = value + self._correct(problem.residual(_Second.apply(value)), solve)
         return value
 
     @property
@@ -113,13 +114,24 @@ def _residual(problem: Problem, out: Tensor, z: Tensor) -> Tensor:
 
 
 def _attach_dense(problem: Problem, z: Tensor) -> Tensor:
-    """Two chord steps with an assembled, constant Jacobian: made of differentiable operations throughout."""
+    """Chord steps with an assembled, constant Jacobian: made of differentiable operations throughout.
+
+    As many steps as there are derivatives that enclosing transforms can take, and two more for autograd outside.
+    """
     with no_derivatives():
-        matrix = problem.jacobian(z)
+        joint = len(z) > 1 and coupled(problem.pullback(z), z)
+        matrix = problem.jacobian(z, joint)
+    matrix = matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
     value = z
-    for _ in range(2):
-        correction = problem.residual(value).to(matrix.dtype).unsqueeze(2)
-        value = value + torch.linalg.solve(matrix, correction).squeeze(2).to(z.dtype)
+    for _ in range(max(derivative_levels(), 1) + 2):
+        right = problem.residual(value).to(matrix.dtype).reshape(len(matrix), -1, 1)
+        step, info = torch.linalg.solve_ex(matrix, right)
+        step = step.reshape(z.shape).to(z.dtype)
+        sound = torch.isfinite(step).all(dim=1, keepdim=True)
+        if any_true((info != 0) & torch.isfinite(matrix).flatten(1).all(dim=1)):
+            raise SolverError(_SINGULAR.format(sample="some sample"))
+        # A broken sample keeps the value that the solve left it with.
+        value = torch.where(sound, value + step, value)
     return value
 
 
@@ -133,6 +145,41 @@ class _Wall(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> None:
         return None
+
+
+class _Second(torch.autograd.Function):
+    """The identity on its way to the second correction, which makes second derivatives exact but not third ones.
+
+    The gradient that passes back through here takes part in every first derivative, and so a backward pass through
+    that gradient is a second derivative; if it records a graph, a third one is about to be asked for.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, value: Tensor) -> Tensor:
+        ctx.save_for_backward(value)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _First.apply(grads[0], *ctx.saved_tensors)
+
+
+class _First(torch.autograd.Function):
+    """The identity on a gradient; `anchor`, which the parameters lead to, keeps it in the graph of that gradient."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, grad: Tensor, anchor: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "A second backward pass through ImplicitAdjoint(order=2) was asked to build a graph "
+                "(create_graph=True), but it has no third derivative; torch.func, UnrollAdjoint() and PhantomAdjoint() "
+                "do."
+            )
+        return grads[0], None
 
 
 class _Inverse(torch.autograd.Function):
@@ -184,9 +231,8 @@ class _Solver:
         if self.inverse is None:
             return None
         # H approximates the inverse of dr/dz = -A.
-        wide = InverseJacobian(
-            tuple(t.to(right.dtype) for t in self.inverse.corrections), tuple(t.to(right.dtype) for t in self.inverse.steps)
-        )
+        corrections, steps = self.inverse.corrections, self.inverse.steps
+        wide = InverseJacobian(tuple(t.to(right.dtype) for t in corrections), tuple(t.to(right.dtype) for t in steps))
         return -(wide.apply_transpose(right) if transposed else wide.apply(right))
 
     def _solve(self, operator: LinearOperator, right: Tensor, transposed: bool) -> Solution[Tensor]:
@@ -197,14 +243,15 @@ class _Solver:
             return Solution(guess, Stats(zeros, zeros, norms(right) * float("nan"), zeros + Status.MAX_STEPS))
         if adjoint.reuse == "precondition":
             solution = adjoint.linear_solver.solve(
-                operator, right, preconditioner=lambda v: self._guess(v, transposed)  # type: ignore[arg-type,return-value]
+                operator,
+                right,
+                preconditioner=lambda v: self._guess(v, transposed),  # type: ignore[arg-type,return-value]
             )
         else:
             solution = adjoint.linear_solver.solve(operator, right, x0=guess)
+        if doubtful(operator, right, solution) and coupled(operator.matvec, right):
+            solution = solve_jointly(operator, right, solution, adjoint.linear_solver)
         loose = _loose(solution, right)
-        if bool(loose.any()) and _coupled(operator, right):
-            solution = _jointly(operator, right, solution, adjoint.linear_solver)
-            loose = _loose(solution, right)
         if bool(loose.any()):
             _complain(solution, loose)
         return solution
@@ -215,49 +262,19 @@ def _loose(solution: Solution[Tensor], right: Tensor) -> Tensor:
     return ~solution.converged & ~(solution.stats.residual <= torch.finfo(right.dtype).eps ** 0.5)
 
 
-def _coupled(operator: LinearOperator, right: Tensor) -> bool:
-    """Whether one sample's input changes another's output."""
-    if len(right) == 1:
-        return False
-    lone = torch.cat([right[:1], torch.zeros_like(right[1:])])
-    return bool((operator.matvec(lone)[1:] != 0).any())
-
-
-def _jointly(
-    operator: LinearOperator, right: Tensor, found: Solution[Tensor], solver: LinearSolver
-) -> Solution[Tensor]:
-    """Solve the coupled rows as one system."""
-    batch, size = right.shape
-
-    def whole(v: Tensor) -> Tensor:
-        return operator.matvec(v.reshape(batch, size)).reshape(1, batch * size)
-
-    joint = LinearOperator(whole, None, batch=1, size=batch * size, dtype=operator.dtype, device=operator.device)
-    solution = (solver if isinstance(solver, GMRES) else GMRES()).solve(joint, right.reshape(1, -1))
-    stats = solution.stats
-    return Solution(
-        solution.value.reshape(batch, size),
-        Stats(
-            found.stats.steps + stats.steps,
-            found.stats.evaluations + stats.evaluations,
-            stats.residual.expand(batch),
-            stats.status.expand(batch),
-        ),
-    )
+_SINGULAR = (
+    "implicit differentiation: the Jacobian at {sample} is singular or not finite, so the third condition of the "
+    "implicit function theorem fails and the gradient does not exist there. Look at the point with "
+    "restpoint.solvers.diagnose, or choose UnrollAdjoint() or PhantomAdjoint()."
+)
 
 
 def _complain(solution: Solution[Tensor], loose: Tensor) -> None:
     """Raise where A is singular, warn where the backward solve is only less exact than it should be."""
     residual = solution.stats.residual
-    broken = loose & (solution.stats.status == Status.NON_FINITE)
+    broken = loose & ~torch.isfinite(residual)
     if bool(broken.any()):
-        sample = int(broken.nonzero()[0])
-        raise SolverError(
-            f"implicit differentiation: the Jacobian at sample {sample} is singular or not finite, so the third "
-            "condition of the implicit function theorem fails and the gradient does not exist there. Look at the point "
-            "with restpoint.solvers.diagnose, or choose UnrollAdjoint() or PhantomAdjoint().",
-            solution,
-        )
+        raise SolverError(_SINGULAR.format(sample=f"sample {int(broken.nonzero()[0])}"), solution)
     worst = int(torch.where(loose, residual, -1.0).argmax())
     warnings.warn(
         f"implicit differentiation: the backward solve of {int(loose.sum())} of {len(loose)} samples did not reach its "

@@ -82,7 +82,7 @@ class ReversibleSteps(Adjoint):
                 "choose ImplicitAdjoint() or UnrollAdjoint() under its transforms."
             )
         carry = self._recorded(task)
-        rows = healthy_rows(task.problem, carry.status)
+        rows = healthy_rows(task.problem, carry)
         if rows is not None:
             some = self._recorded(task.rows(rows))
             carry = dataclasses.replace(carry, value=carry.value.detach().index_copy(0, rows, some.value))
@@ -90,7 +90,8 @@ class ReversibleSteps(Adjoint):
 
     def _recorded(self, task: Task) -> Carry:
         walk = _Walk(task.problem, task.solver.damping, task.z0.detach(), self.knobs.drift)  # type: ignore[attr-defined]
-        problem = _Replayed(**{f.name: getattr(task.problem, f.name) for f in dataclasses.fields(task.problem)}, walk=walk)
+        knowledge = {field.name: getattr(task.problem, field.name) for field in dataclasses.fields(task.problem)}
+        problem = _Replayed(**knowledge, walk=walk)
         carry = start(task.z0, task.solver.init(task.z0), task.trajectory)
         while carry.count < task.budget.max_steps and carry.running():
             before = carry.z.detach()
@@ -121,7 +122,7 @@ class _Replayed(Problem):
         entry.z = None
         if image.requires_grad:
             index, walk = entry.index, self.walk
-            image.register_hook(lambda grad: walk.weigh(index, norms(grad)))
+            image.register_hook(lambda grad: walk.weigh(index, grad))
         return image, image - z
 
 
@@ -161,8 +162,14 @@ class _Walk:
         self.image: tuple[int, Tensor] | None = None
         self.heaviest, self.weight = torch.zeros_like(z0[:, 0]), torch.zeros_like(z0[:, 0])
 
-    def weigh(self, index: int, size: Tensor) -> None:
+    def weigh(self, index: int, grad: Tensor) -> None:
         """Note the size of the gradient that arrives at evaluation `index`."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "A backward pass through ReversibleAdjoint was asked to build a graph (create_graph=True), but it has "
+                "first derivatives only; choose ImplicitAdjoint(order=2) or UnrollAdjoint()."
+            )
+        size = norms(grad)
         self.heaviest = size if index >= len(self.moved) - 1 else torch.maximum(self.heaviest, size)
         self.weight = size
 

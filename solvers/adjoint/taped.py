@@ -6,12 +6,11 @@ import dataclasses
 import math
 from typing import Any
 
-import torch
 from torch.utils import checkpoint
 
 from ..fixed_point.driver import Carry, advance, settle, start
 from ..options import options
-from ..transforms import no_derivatives
+from ..transforms import inside_reverse, no_derivatives
 from .base import Adjoint, Task, healthy_rows, wants_derivatives
 from .shared import CheckpointAdjoint
 
@@ -28,6 +27,8 @@ class UnrollAdjoint(Adjoint):
 
     def solve(self, task: Task) -> Carry:
         """Run with the graph being recorded."""
+        if not wants_derivatives():
+            return task.run()
         return _taped(task, lambda part: part.run(compact=False))
 
 
@@ -40,7 +41,12 @@ class CheckpointedSteps(Adjoint):
     def solve(self, task: Task) -> Carry:
         """Run once to learn the number of steps, then again in checkpointed segments."""
         if not wants_derivatives():
-            return task.run(compact=False)
+            return task.run()
+        if inside_reverse():
+            raise RuntimeError(
+                "CheckpointAdjoint keeps its states by saved-tensor hooks, which torch.func does not support; choose "
+                "ImplicitAdjoint() or UnrollAdjoint() under its grad, vjp and jacrev."
+            )
         return _taped(task, self._segments)
 
     def _segments(self, task: Task) -> Carry:
@@ -59,8 +65,8 @@ class CheckpointedSteps(Adjoint):
 
 def _taped(task: Task, run: Any) -> Carry:
     carry: Carry = run(task)
-    rows = healthy_rows(task.problem, carry.status)
-    if rows is None or not wants_derivatives():
+    rows = healthy_rows(task.problem, carry)
+    if rows is None:
         return carry
     # The recording of a broken row would carry its NaN into shared parameters: record the others alone.
     some: Carry = run(task.rows(rows))
@@ -91,5 +97,3 @@ def _halve(task: Task, carry: Carry, end: int) -> Carry:
 def _replayed_halves(task: Task, carry: Carry, end: int) -> Carry:
     replayed: Carry = checkpoint.checkpoint(_halve, task, carry, end, use_reentrant=False, determinism_check="default")
     return replayed
-
-

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..linear import Auto, LinearSolver
 from ..options import options, require
-from ..transforms import any_true, inside_transform
+from ..transforms import any_true, inside_transform, recording_tangents
 from .method import Evaluated, FixedPointSolver, Proposal
 from .problem import Problem
 
@@ -85,7 +85,7 @@ class Newton(FixedPointSolver):
 
     def _solve(self, problem: Problem, at: Evaluated) -> tuple[Tensor, int]:
         """The step and the number of derivative products that it cost."""
-        if torch.is_grad_enabled() or inside_transform():
+        if torch.is_grad_enabled() or inside_transform() or recording_tangents():
             # A taped step must itself be differentiable, which a linear solver's loop is not.
             matrix = problem.jacobian(at.z)
             step = torch.linalg.solve_ex(matrix, at.residual.to(matrix.dtype).unsqueeze(2))[0].squeeze(2)

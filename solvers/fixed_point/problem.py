@@ -92,34 +92,50 @@ class Problem:
             out = self.output(point)
         return operator_of_recording(self, point, out)
 
-    def jacobian(self, z: Tensor) -> Tensor:
-        """A = -dr/dz as matrices (batch, n, n), differentiable in everything wherever derivatives are recorded.
-
-        Raises:
-            ValueError: n is above `DENSE_LIMIT`.
-        """
-        batch, size = z.shape
-        if size > DENSE_LIMIT:
-            raise ValueError(
-                f"{self.name}: under torch.func transforms and in taped Newton steps the Jacobian of a sample is "
-                f"assembled, which is limited to {DENSE_LIMIT} numbers a sample; this state has {size}."
-            )
-        basis = torch.eye(size, dtype=z.dtype, device=z.device)
+    def pullback(self, z: Tensor) -> Callable[[Tensor], Tensor]:
+        """v -> A^T v, row by row, differentiable in everything wherever derivatives are recorded."""
         if inside_transform():
             # torch.autograd.grad cannot see through functorch's wrappers; functorch's own vjp nests properly.
-            _, pull = torch.func.vjp(self.residual, z)
-            rows = [-pull(basis[i].expand(batch, size))[0] for i in range(size)]
-            return torch.stack(rows, dim=1)
+            pull = torch.func.vjp(self.residual, z)[1]
+            return lambda v: -pull(v)[0]
         taped = torch.is_grad_enabled()
         with torch.enable_grad():
             # Unlike a detached tensor, a clone keeps the tangent of forward-mode differentiation.
             point = z if z.requires_grad else z.clone().requires_grad_()
             residual = self.residual(point)
-            rows = [
-                torch.autograd.grad(residual, point, -basis[i].expand(batch, size), True, taped, allow_unused=True)[0]
-                for i in range(size)
-            ]
-        return torch.stack([torch.zeros_like(z) if row is None else row for row in rows], dim=1)
+
+        def recorded(v: Tensor) -> Tensor:
+            if not residual.requires_grad:
+                return torch.zeros_like(v)
+            (product,) = torch.autograd.grad(residual, point, -v, True, taped, allow_unused=True)
+            return torch.zeros_like(v) if product is None else product
+
+        return recorded
+
+    def jacobian(self, z: Tensor, joint: bool = False) -> Tensor:
+        """A = -dr/dz as matrices, differentiable in everything wherever derivatives are recorded.
+
+        Args:
+            z: where (batch, n).
+            joint: one matrix (1, batch n, batch n) for all rows together, instead of (batch, n, n) for rows that
+                have nothing to do with each other.
+
+        Raises:
+            ValueError: a matrix would be larger than `DENSE_LIMIT`.
+        """
+        batch, size = z.shape
+        n = batch * size if joint else size
+        if n > DENSE_LIMIT:
+            subject = "of a batch whose samples the function couples" if joint else "of a sample"
+            raise ValueError(
+                f"{self.name}: under torch.func transforms and in taped Newton steps the Jacobian {subject} is "
+                f"assembled, which is limited to {DENSE_LIMIT} numbers; this state has {n}."
+            )
+        pull = self.pullback(z)
+        basis = torch.eye(n, dtype=z.dtype, device=z.device)
+        if joint:
+            return torch.stack([pull(e.reshape(batch, size)).reshape(1, n) for e in basis], dim=1)
+        return torch.stack([pull(e.expand(batch, size)) for e in basis], dim=1)
 
 
 def operator_of_recording(problem: Problem, point: Tensor, out: Tensor) -> LinearOperator:
