@@ -13,7 +13,8 @@ from ..options import options
 from ..solution import Stats
 from ..transforms import inside_transform, no_derivatives
 from .problem import Keeper, Problem, Run
-from .replay import Clock, replay
+from .replay import replay
+from .sample_steps import SampleSteps
 from .shared_steps import SharedSteps
 
 
@@ -40,13 +41,17 @@ class Task:
         return self._time(-1)
 
     def _time(self, index: int) -> Tensor | None:
-        given = self.problem.times.given
-        return given[..., index].double() if given.requires_grad else None
+        times = self.problem.times
+        if not times.given.requires_grad:
+            return None
+        time = times.given[..., index].double()
+        return time.expand(len(self.problem.y0)) if self.problem.per_sample else time
 
     def run(self, keeper: Keeper | None = None) -> Run:
         """The solve itself, without derivatives."""
         with no_derivatives():
-            return SharedSteps(self.problem, keeper).run()
+            driver = SampleSteps if self.problem.per_sample else SharedSteps
+            return driver(self.problem, keeper).run()
 
 
 @dataclasses.dataclass
@@ -103,10 +108,11 @@ class DirectAdjoint(Adjoint):
 
 def taped(task: Task, run: Run) -> Outcome:
     """The accepted steps of `run` again, recorded."""
-    problem = task.problem
-    clock = Clock(run.mesh, task.start, task.end)
-    y, _, slots = replay(problem.method, problem.rhs, run.mesh, 0, len(run.mesh), problem.y0, (), clock)
-    return Outcome(y, torch.stack(slots) if slots else None, run)
+    problem, mesh = task.problem, run.mesh
+    y, _, dense = replay(
+        problem.method, problem.rhs, mesh, range(len(mesh.steps)), problem.y0, (), task.start, task.end
+    )
+    return Outcome(y, mesh.gather(dense), run)
 
 
 def tensor_leaves(args: object) -> list[Tensor]:

@@ -16,9 +16,10 @@ from ..transforms import inside_transform
 from .adjoint import Adjoint, Outcome, Task, plain_solve, taped, tensor_leaves, wants_derivatives
 from .explicit import ExplicitRungeKutta
 from .externals import Externals
+from .mesh import PickBars
 from .problem import Keeper, Run
 from .pullback import Backward, ExplicitPullback, RecordedPullback, Sums, Tape
-from .replay import Clock, replay
+from .replay import replay
 
 
 class CheckpointedTrajectory(Adjoint):
@@ -85,12 +86,12 @@ class Checkpointed:
         tape = Tape(self.inner, sums, self.timed)
         bar = Backward(y_bar)
         if isinstance(self.problem.method, ExplicitRungeKutta):
-            pullback: Any = ExplicitPullback(self.problem.method, tape, run.mesh, slots)
+            pullback: Any = ExplicitPullback(self.problem.method, tape, run.mesh, PickBars(run.mesh, slots))
         else:
             ends = (self.task.start, self.task.end)
-            pullback = RecordedPullback(self.problem.method, tape, run.mesh, slots, ends)
+            pullback = RecordedPullback(self.problem.method, tape, run.mesh, PickBars(run.mesh, slots), ends)
         with self.autocast():
-            stop, after = len(run.mesh), run.y
+            stop, after = len(run.mesh.steps), run.y
             for first, y, carry in reversed(self.keeper.kept):
                 self._pull(pullback, first, stop, y, carry, bar, after)
                 stop, after = first, y
@@ -107,9 +108,7 @@ class Checkpointed:
         if self.knobs.recursive and stop - first > 1:
             middle = (first + stop) // 2
             with torch.no_grad():
-                there, held, _ = replay(
-                    self.problem.method, self.inner, self.run.mesh, first, middle, y, carry, Clock(self.run.mesh)
-                )
+                there, held, _ = replay(self.problem.method, self.inner, self.run.mesh, range(first, middle), y, carry)
             self._pull(pullback, middle, stop, there, held, bar, after)
             self._pull(pullback, first, middle, y, carry, bar, there)
             return
@@ -167,7 +166,7 @@ def _autocast_state(device: str) -> Any:
 
 
 def _stats(run: Run, evaluations: int) -> Stats:
-    steps = torch.full_like(run.accepted, len(run.mesh))
+    steps = torch.full_like(run.accepted, len(run.mesh.steps))
     return Stats(
         steps=steps,
         evaluations=torch.full_like(steps, evaluations),

@@ -152,18 +152,20 @@ class PIDController(Controller):
 
     def factor(self, ratio: Size, history: History, order: int) -> tuple[Size, History]:
         """By the formula above; a step of no error may grow by factor_max."""
-        last, before = history or (1.0, 1.0)
         if isinstance(ratio, Tensor):
             ratio = ratio.clamp(min=1e-16)
         else:
             ratio = max(ratio, 1e-16)
         factor = self.safety * ratio ** (-(self.i + self.p + self.d) / order)
+        following: History = ()
         if self.p or self.d:
+            last, before = history or (1.0, 1.0)
+            following = (ratio, last)
             factor = factor * last ** ((self.p + 2 * self.d) / order) * before ** (-self.d / order)
         if isinstance(factor, Tensor):
             top = torch.where(ratio > 1, 1.0, self.factor_max)
-            return torch.minimum(factor.clamp(min=self.factor_min), top), (ratio, last)
-        return min(max(factor, self.factor_min), 1.0 if ratio > 1 else self.factor_max), (ratio, last)
+            return torch.minimum(factor.clamp(min=self.factor_min), top), following
+        return min(max(factor, self.factor_min), 1.0 if ratio > 1 else self.factor_max), following
 
 
 @options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import torch
@@ -48,16 +49,17 @@ class ExplicitRungeKutta(Method):
 
     def _fast_step(self, rhs: Rhs, t: Time, y: Tensor, h: Time, first: Tensor, space: Workspace) -> Step:
         tableau, rows, combine = self.tableau, space.rows, space.combine
-        c = tableau.c
+        c, end = tableau.c, tableau.end
+        space.start(y)
         rows[0].copy_(first)
-        solution = y
         for i in range(1, tableau.stages):
-            solution = combine(y, h, i)
+            solution = combine(h, i)
             rows[i].copy_(rhs(t + c[i] * h, solution))
+        carry: Carry = ()
         if tableau.fsal:
-            carry: Carry = (rows[tableau.end].clone(),)
+            carry = (rows[end].clone(),)
         else:
-            solution, carry = combine(y, h, tableau.stages), ()
+            solution = combine(h, end)
         return Step(solution, space.error(h), carry, space, stages=space)
 
     def _recorded_step(self, rhs: Rhs, t: Time, y: Tensor, h: Time, first: Tensor) -> Step:
@@ -77,10 +79,10 @@ class ExplicitRungeKutta(Method):
         if isinstance(step.stages, Workspace):
             space = step.stages
             for i in range(tableau.stages, len(tableau.rows)):
-                space.rows[i].copy_(rhs(t + tableau.c[i] * h, space.combine(y, h, i)))
+                space.rows[i].copy_(rhs(t + tableau.c[i] * h, space.combine(h, i)))
             if not tableau.fsal:
                 step.carry = (space.rows[tableau.end].clone(),)
-            return space.polynomial(y, h)
+            return space.polynomial(h)
         stages = step.stages
         for row, c in zip(tableau.rows[len(stages) :], tableau.c[len(stages) :]):
             stages.append(rhs(t + c * h, y + weighted(stages, row, h)))
@@ -89,61 +91,89 @@ class ExplicitRungeKutta(Method):
 
 
 class Workspace:
-    """Buffers and constants of one solve: the stages (stages, batch * n) and the tableau as tensors."""
+    """Buffers and constants of one solve: the stages (stages, batch * n) and the tableau as tensors.
+
+    Attributes:
+        rows: the stages, each (batch, n).
+        buffer: all of them, (stages, batch * n).
+        bars: cotangents of the stages in a backward pass, (stages, batch * n).
+        bar_rows: the same, each (batch, n).
+    """
 
     def __init__(self, tableau: Tableau, y: Tensor) -> None:
-        self.shape = y.shape
-        self.buffer = y.new_zeros((len(tableau.rows), y.numel()))
-        self.rows = [row.view(y.shape) for row in self.buffer]
-        self._prefixes = [self.buffer[:i].t() for i in range(len(tableau.rows) + 1)]
+        count, self.shape, size = len(tableau.rows), y.shape, y.numel()
+        self._y = y.reshape(-1)
+        self.buffer = y.new_zeros((count, size))
+        self.rows = self.buffer.view(-1, *y.shape).unbind(0)
+        self._prefixes = [self.buffer[:i].t() for i in range(count + 1)]
         self._weights = [y.new_tensor(row[:i]) for i, row in enumerate(tableau.rows)]
-        if tableau.fsal:
-            self._weights.append(y.new_tensor(tableau.b))
         self._error = None if tableau.error is None else y.new_tensor(tableau.error)
         self._interpolant = y.new_tensor(tableau.interpolant)
 
-    def combine(self, y: Tensor, h: Time, i: int) -> Tensor:
+    def start(self, y: Tensor) -> None:
+        """Begin a step at `y`."""
+        self._y = y.reshape(-1)
+
+    def combine(self, h: Time, i: int) -> Tensor:
         """y + h sum_j a_ij k_j: the argument of stage i."""
-        if isinstance(h, Tensor):
-            return torch.addcmul(y, torch.mv(self._prefixes[i], self._weights[i]).view(self.shape), column(h))
-        return torch.addmv(y.view(-1), self._prefixes[i], self._weights[i], alpha=h).view(self.shape)
+        if isinstance(h, float):
+            return torch.addmv(self._y, self._prefixes[i], self._weights[i], alpha=h).view(self.shape)
+        change = torch.mv(self._prefixes[i], self._weights[i]).view(self.shape)
+        return torch.addcmul(self._y.view(self.shape), change, column(h, change))
 
     def error(self, h: Time) -> Tensor | None:
         """h sum_i error_i k_i."""
         if self._error is None:
             return None
-        return torch.mv(self._prefixes[len(self._error)], self._error).view(self.shape).mul_(column(h))
+        prefix = self._prefixes[len(self._error)]
+        if isinstance(h, float):
+            return torch.addmv(self._y, prefix, self._error, beta=0, alpha=h).view(self.shape)
+        return torch.mv(prefix, self._error).view(self.shape).mul_(column(h, self._y))
 
-    def polynomial(self, y: Tensor, h: Time) -> Tensor:
+    def polynomial(self, h: Time) -> Tensor:
         """Coefficients (degree + 1, batch, n) of the dense output."""
-        out = y.new_empty((len(self._interpolant) + 1, *self.shape))
-        out[0] = y
-        torch.mm(self._interpolant, self.buffer, out=out[1:].view(len(self._interpolant), -1))
-        out[1:].mul_(column(h))
+        out = self._y.new_empty((len(self._interpolant) + 1, len(self._y)))
+        out[0] = self._y
+        if isinstance(h, float):
+            torch.addmm(out[1:], self._interpolant, self.buffer, beta=0, alpha=h, out=out[1:])
+            return out.view(-1, *self.shape)
+        torch.mm(self._interpolant, self.buffer, out=out[1:])
+        out = out.view(-1, *self.shape)
+        out[1:].mul_(column(h, out))
         return out
 
-    def outer(self, i: int, bar: Tensor, h: Time, rows: int) -> Tensor:
-        """Cotangents (rows, batch * n) of the stages, of which stage i's argument has cotangent `bar` (batch, n)."""
-        bars = bar.new_zeros((rows, bar.numel()))
-        self.add_outer(bars, i, bar, h)
-        return bars
+    @functools.cached_property
+    def bars(self) -> Tensor:
+        """Zeros to begin with."""
+        return torch.zeros_like(self.buffer)
 
-    def add_outer(self, bars: Tensor, i: int, bar: Tensor, h: Time) -> None:
-        """Add to the cotangents `bars` of the stages what cotangent `bar` of stage i's argument contributes."""
-        if isinstance(h, Tensor):
-            bars[:i].addr_(self._weights[i], (bar * column(h)).view(-1))
+    @functools.cached_property
+    def bar_rows(self) -> tuple[Tensor, ...]:
+        """Views."""
+        return self.bars.view(-1, *self.shape).unbind(0)
+
+    @functools.cached_property
+    def _bar_prefixes(self) -> list[Tensor]:
+        return [self.bars[:i] for i in range(len(self.bars) + 1)]
+
+    def pull(self, h: Time, i: int, bar: Tensor) -> None:
+        """Add to the stages' cotangents what cotangent `bar` (batch, n) of the argument of stage i contributes."""
+        if isinstance(h, float):
+            self._bar_prefixes[i].addr_(self._weights[i], bar.reshape(-1), alpha=h)
         else:
-            bars[:i].addr_(self._weights[i], bar.reshape(-1), alpha=h)
+            self._bar_prefixes[i].addr_(self._weights[i], (bar * column(h, bar)).reshape(-1))
 
-    def pull_polynomial(self, bars: Tensor, slot: Tensor, h: Time) -> None:
-        """Likewise for a cotangent `slot` (degree, batch, n) of the dense output but for its constant coefficient."""
-        bar = slot if not isinstance(h, Tensor) else slot * column(h)
-        bars.addmm_(self._interpolant.t(), bar.reshape(len(slot), -1), alpha=1.0 if isinstance(h, Tensor) else h)
+    def pull_polynomial(self, h: Time, bar: Tensor) -> None:
+        """Likewise for a cotangent (degree, batch, n) of the dense output but for its constant coefficient."""
+        if isinstance(h, float):
+            self.bars.addmm_(self._interpolant.t(), bar.reshape(len(bar), -1), alpha=h)
+        else:
+            self.bars.addmm_(self._interpolant.t(), (bar * column(h, bar)).reshape(len(bar), -1))
 
-    def stretch(self, bars: Tensor, stages: Tensor, h: Time) -> Tensor:
+    def stretch(self, h: Time, bars: Tensor, stages: Tensor) -> Tensor:
         """Cotangent of h from those of the stages: every use of a stage in the step is multiplied by h."""
-        product = (bars * stages[: len(bars)]).view(-1, *self.shape).double()
-        if not isinstance(h, Tensor):
+        product = (bars * stages).view(-1, *self.shape).double()
+        if isinstance(h, float):
             return product.sum() / h
         return torch.where(h == 0, 0.0, product.sum((0, 2)) / h)
 
@@ -157,7 +187,7 @@ def weighted(stages: list[Tensor], row: Row, h: Time) -> Tensor:
             total = stage * (scale * weight) if total is None else torch.add(total, stage, alpha=scale * weight)
     if total is None:
         return torch.zeros_like(stages[0])
-    return total * column(h) if isinstance(h, Tensor) else total
+    return total * column(h, total) if isinstance(h, Tensor) else total
 
 
 @options

@@ -56,19 +56,41 @@ class Externals:
                 found |= {_edge(leaf): leaf for leaf in _leaves_behind(edge[0])}
         return found, 2
 
-    def check(self, out: Tensor, own: Iterable[Tensor], start: int, where: Callable[[], str]) -> None:
+    def check(self, out: Tensor, own: tuple[Tensor, ...], start: int, where: Callable[[], str]) -> None:
         """Make sure that a recorded evaluation `out`, begun at clock `start`, uses no others than these and `own`.
 
         Raises:
             SolverError: it does, and its derivative with respect to them would be lost.
         """
-        mine = {_edge(tensor)[0] for tensor in own} | self._known
-        if not self.retain and _outer_edges(out, mine, start):
-            raise SolverError(
-                f"{where()} the field used a tensor that requires a gradient and that it did not use at the start, "
-                f"so this adjoint would miss its derivative. Pass it through args, make the field an nn.Module that "
-                f"owns it, or choose adjoint=DirectAdjoint()."
-            )
+        if self.retain or not self._reaches_others(out, own, start):
+            return
+        raise SolverError(
+            f"{where()} the field used a tensor that requires a gradient and that it did not use at the start, so this "
+            f"adjoint would miss its derivative. Pass it through args, make the field an nn.Module that owns it, or "
+            f"choose adjoint=DirectAdjoint()."
+        )
+
+    def _reaches_others(self, out: Tensor, own: tuple[Tensor, ...], start: int) -> bool:
+        # As `_outer_edges`, for the inner loop of a backward pass: nodes met twice are walked twice, up to a limit.
+        known, stack, budget = self._known, [out.grad_fn], 200
+        while stack:
+            node = stack.pop()
+            if node is None or node in known:
+                continue
+            budget -= 1
+            children = node.next_functions
+            if not budget:
+                mine = known | {_edge(tensor)[0] for tensor in own}
+                return bool(_outer_edges(out, mine, start))
+            if not children:
+                variable = _variable(node)
+                if variable is None or not any(variable is tensor for tensor in own):
+                    return True
+            elif node._sequence_nr() < start:
+                return True
+            else:
+                stack += [child for child, _ in children]
+        return False
 
 
 def clock() -> int:
@@ -150,7 +172,7 @@ def _edge(tensor: Tensor) -> Edge:
 
 def _variable(node: Node) -> Tensor | None:
     """The leaf that a node accumulates into, or None for any other node."""
-    return getattr(node, "variable", None) if node.name().endswith("AccumulateGrad") else None
+    return getattr(node, "variable", None)  # as only AccumulateGrad has it
 
 
 def _outer_edges(out: Tensor, mine: set[Node], start: int) -> list[Edge]:

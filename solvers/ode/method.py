@@ -6,7 +6,7 @@ and returns such matrices. Times t and steps h come in two shapes:
 - one step for the batch: Python floats, or 0-dim tensors where a derivative with respect to time is recorded;
 - one step per sample: tensors (batch,).
 
-`column(h)` makes either of them multiply a matrix. h is negative when time runs backwards, and zero for samples of a
+`column(h, y)` makes either of them multiply a matrix. h is negative when time runs backwards, and zero for samples of a
 per-sample solve that only wait: a step of zero must return y.
 
 A method is a frozen option class. What it carries from step to step is explicit and of two kinds: `carry`, a tuple of
@@ -154,11 +154,13 @@ class Method(abc.ABC):
 
 def hermite(y0: Tensor, y1: Tensor, f0: Tensor, f1: Tensor, h: Time) -> Tensor:
     """Coefficients (4, batch, n) of the cubic that has values y0, y1 and derivatives f0, f1 at the ends of a step h."""
-    h = column(h)
+    h = column(h, y0)
     change, start, end = y1 - y0, h * f0, h * f1
     return torch.stack((y0, start, 3 * change - 2 * start - end, start + end - 2 * change))
 
 
-def column(h: Time) -> Time:
-    """`h` so that it multiplies a (batch, n) matrix."""
-    return h.unsqueeze(-1) if isinstance(h, Tensor) and h.ndim else h
+def column(h: Time, like: Tensor) -> Time:
+    """`h` so that it multiplies a (batch, n) matrix of `like`'s type."""
+    if not isinstance(h, Tensor):
+        return h
+    return h.to(like.dtype).unsqueeze(-1) if h.ndim else h.to(like.dtype)

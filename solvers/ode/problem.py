@@ -4,40 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..transforms import plain
 from .control import Controller
+from .mesh import Mesh
 from .method import Carry, Method, Rhs
 from .times import Times
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """One call of `solve_ode`, flattened.
-
-    Attributes:
-        rhs: the field on matrices.
-        y0: initial matrix (batch, n).
-        times: where the solution is asked for.
-        method: the integrator.
-        controller: of its steps.
-        tolerance: how errors are measured.
-        max_steps: a budget of accepted and rejected steps together, per sample.
-        dense: whether every step's dense output is kept.
-    """
-
-    rhs: Rhs
-    y0: Tensor
-    times: Times
-    method: Method
-    controller: Controller
-    tolerance: Tolerance
-    max_steps: int
-    dense: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,33 +45,50 @@ class Tolerance:
         return float(norm.max() if norm.ndim else norm) / math.sqrt(max(count, 1))
 
     def sample_ratio(self, error: Tensor, size: Tensor) -> Tensor:
-        """Root mean square of each sample (batch,)."""
+        """Root mean square of each sample (batch,), float64."""
         scaled = self.scaled(error, size)
-        return torch.linalg.vector_norm(scaled, dim=-1) / math.sqrt(max(scaled.shape[-1], 1))
+        return torch.linalg.vector_norm(scaled, dim=-1).double() / math.sqrt(max(scaled.shape[-1], 1))
+
+    def component(self, error: Tensor, size: Tensor) -> Tensor:
+        """The column (batch,) in which each sample's error is largest; one that is not finite is larger than any."""
+        scaled = self.scaled(error, size).abs().nan_to_num(nan=math.inf)
+        worst = scaled.argmax(-1)
+        return worst if self.columns is None else self.columns[worst]
 
 
-class Taken(NamedTuple):
-    """An accepted step that the batch took together.
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One call of `solve_ode`, flattened.
 
     Attributes:
-        t: where it started.
-        h: its length.
-        lands: FREE, or where it was made to end: at a constant time (FORCED) or the last output time (END).
-        restart: whether the carry was made anew before it: at the start and after a jump or a replacement.
-        slot: the index of its dense output among those that were asked for, or -1.
-        replace: (batch,) the row that each row is replaced by before the step: rows that have ended go on as copies of
-            a healthy one, whose values are dropped. None where no row ended just now.
+        rhs: the field on matrices.
+        y0: initial matrix (batch, n).
+        times: where the solution is asked for.
+        method: the integrator.
+        controller: of its steps.
+        tolerance: how errors are measured.
+        max_steps: a budget of accepted and rejected steps together, per sample.
+        dense: whether every step's dense output is kept.
     """
 
-    t: float
-    h: float
-    lands: int
-    restart: bool
-    slot: int
-    replace: Tensor | None
+    rhs: Rhs
+    y0: Tensor
+    times: Times
+    method: Method
+    controller: Controller
+    tolerance: Tolerance
+    max_steps: int
+    dense: bool = False
 
+    @property
+    def per_sample(self) -> bool:
+        """Whether every sample takes its own steps."""
+        return self.controller.per_sample or self.times.per_sample
 
-FREE, FORCED, END = 0, 1, 2
+    @property
+    def adaptive(self) -> bool:
+        """Whether steps are rejected."""
+        return self.controller.adaptive
 
 
 @dataclasses.dataclass
@@ -104,26 +96,30 @@ class Run:
     """What a driver found; all of it without derivatives.
 
     Attributes:
-        y: the final matrix (batch, n).
-        mesh: the accepted steps, enough to repeat the solve without a rejection.
-        dense: coefficients (slots, p + 1, batch, n) of the steps whose dense output was asked for.
+        y: the final matrix (batch, n), garbage in rows that did not reach the end.
+        mesh: the accepted steps.
+        dense: its picks (picks, p + 1, batch, n), or None where there are none.
+        places: which pick each inner output time lies in, (T - 2,), or (T - 2, batch) with steps per sample.
         reached: (batch,) how far each sample came, float64.
         status: (batch,) `Status` values.
         accepted, rejected, evaluations: (batch,) counts.
         ratio: (batch,) the last error in units of the tolerance.
-        trouble: where the solve of a failed sample ended, for the error's message.
+        step: (batch,) the last step tried.
+        component: (batch,) the column in which the last error was largest.
     """
 
     y: Tensor
-    mesh: Any
+    mesh: Mesh
     dense: Tensor | None
+    places: Tensor
     reached: Tensor
     status: Tensor
     accepted: Tensor
     rejected: Tensor
     evaluations: Tensor
     ratio: Tensor
-    trouble: str = ""
+    step: Tensor
+    component: Tensor
 
 
 class Keeper:
@@ -141,10 +137,14 @@ class Keeper:
         self.kept: list[tuple[int, Tensor, Carry]] = []
 
     def offer(self, index: int, y: Tensor, carry: Carry) -> None:
-        """To be called before every step of the mesh, in order."""
+        """To be called before every step, in order."""
         if index % self._stride:
             return
         self.kept.append((index, y, carry))
         if len(self.kept) > (self._segments or 2 * self._stride):
             self._stride *= 2
             self.kept = [entry for entry in self.kept if entry[0] % self._stride == 0]
+
+    def renumber(self, indices: list[int]) -> None:
+        """Number the kept states anew, for a mesh with other indices."""
+        self.kept = [(index, y, carry) for index, (_, y, carry) in zip(indices, self.kept)]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .explicit import ExplicitRungeKutta, Workspace
 from .externals import Externals, clock
+from .mesh import END, FREE, Mesh, PickBars, Taken
 from .method import Carry, Method, Rhs, Time
-from .problem import END, Taken
-from .replay import Clock, replay
+from .replay import replay
 
 # An evaluation: the derivative, recorded from the leaf of the state and that of the time (None: not wanted).
 Record = tuple[Tensor, Tensor, Tensor | None]
@@ -80,13 +80,12 @@ class Tape:
         self._began = clock()
 
     def evaluate(self, t: Time, y: Tensor) -> Record:
-        """The derivative at (t, y), recorded."""
-        with torch.enable_grad():
-            leaf = y.detach().requires_grad_()
-            time = self.rhs.time(t).detach().requires_grad_() if self.timed else None
-            out = self.rhs(t if time is None else time, leaf)
-            if out is leaf:
-                out = leaf.clone()
+        """The derivative at (t, y), recorded from leaves; to be called with grad mode on."""
+        leaf = y.detach().requires_grad_()
+        time = self.rhs.time(t).detach().requires_grad_() if self.timed else None
+        out = self.rhs(t if time is None else time, leaf)
+        if out is leaf:
+            out = leaf.clone()
         self.sums.evaluations += 1
         if out.requires_grad:
             own = (leaf,) if time is None else (leaf, time)
@@ -98,20 +97,31 @@ class Tape:
         out, leaf, time = record
         if not out.requires_grad:
             return None, None
-        own = (leaf,) if time is None else (leaf, time)
-        keep = self.sums.externals.retain
-        grads = torch.autograd.grad(out, (*own, *self.sums.inputs), cotangent, retain_graph=keep, allow_unused=True)
-        self.sums.add(grads[len(own) :])
-        return grads[0], None if time is None else grads[1]
+        if time is None:
+            grads = vector_jacobian((out,), (leaf, *self.sums.inputs), (cotangent,), self.sums.externals.retain)
+            self.sums.add(grads[1:])
+            return grads[0], None
+        grads = vector_jacobian((out,), (leaf, time, *self.sums.inputs), (cotangent,), self.sums.externals.retain)
+        self.sums.add(grads[2:])
+        return grads[0], grads[1]
+
+
+def vector_jacobian(
+    outs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...], retain: bool
+) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad` without its checks, which cost several times as much as a small field's derivative."""
+    engine = torch.autograd.Variable._execution_engine
+    pulled: tuple[Tensor | None, ...] = engine.run_backward(outs, cotangents, retain, False, inputs, True, False)
+    return pulled
 
 
 class ExplicitPullback:
     """Pulls cotangents through the steps of an explicit Runge-Kutta method, the combinations of stages by hand."""
 
-    def __init__(self, method: ExplicitRungeKutta, tape: Tape, mesh: Sequence[Taken], slots: Tensor | None) -> None:
-        """`slots` are the cotangents of the dense outputs (slots, p + 1, batch, n)."""
+    def __init__(self, method: ExplicitRungeKutta, tape: Tape, mesh: Mesh, bars: PickBars) -> None:
+        """`bars` are the cotangents of the mesh's picks."""
         self.method, self.tableau = method, method.tableau
-        self.tape, self.mesh, self.slots = tape, mesh, slots
+        self.tape, self.mesh, self.bars = tape, mesh, bars
         self._space: Workspace | None = None
 
     def pull(self, span: range, y: Tensor, carry: Carry, bar: Backward) -> Tensor:
@@ -128,90 +138,103 @@ class ExplicitPullback:
         self._space = space = self._space or Workspace(self.tableau, y)
         taped: list[list[Record | None]] = []
         stages: list[Tensor] = []
-        for index in span:
-            records, y = self._record(index, y, carry)
-            taped.append(records)
-            known = self.tableau.fsal or self.mesh[index].slot >= 0
-            carry = (space.rows[self.tableau.end].clone(),) if known else ()
-            if self.tape.timed:
-                stages.append(space.buffer.clone())
+        with torch.enable_grad():
+            for index in span:
+                records, y = self._record(index, y, carry)
+                taped.append(records)
+                known = self.tableau.fsal or self.mesh.steps[index].dense
+                carry = (space.rows[self.tableau.end].clone(),) if known else ()
+                if self.tape.timed:
+                    stages.append(space.buffer.clone())
         for index in reversed(span):
-            self._pull_step(self.mesh[index], taped.pop(), bar, stages.pop() if stages else None)
+            self._pull_step(index, taped.pop(), bar, stages.pop() if stages else None)
         return y
 
     def _record(self, index: int, y: Tensor, carry: Carry) -> tuple[list[Record | None], Tensor]:
         """The step again. An evaluation is None that belongs to the step before or that nobody needs."""
-        taken, tableau, tape, space = self.mesh[index], self.tableau, self.tape, self._space
+        taken, tableau, tape, space = self.mesh.steps[index], self.tableau, self.tape, self._space
         assert space is not None
         if taken.replace is not None:
             y = y.index_select(0, taken.replace)
-        t, h = taken.t, taken.h
-        first = tape.evaluate(t, y) if taken.restart or not carry else None
-        space.rows[0].copy_(carry[0] if first is None else first[0])
+        t, h, c, end, dense = taken.t, taken.h, tableau.c, tableau.end, taken.dense
+        mixed = isinstance(taken.restart, Tensor) and len(carry) > 0
+        first = tape.evaluate(t, y) if mixed or taken.restart is True or not carry else None
+        space.start(y)
+        space.rows[0].copy_(carry[0] if first is None else first[0].detach())
+        if mixed:
+            space.rows[0].copy_(torch.where(taken.restart.unsqueeze(-1), space.rows[0], carry[0]))
         records, solution = [first], None
-        for i in range(1, len(tableau.rows) if taken.slot >= 0 else tableau.stages):
-            argument = space.combine(y, h, i)
-            record = None
-            if i == tableau.end:
+        for i in range(1, len(tableau.rows) if dense else tableau.stages):
+            argument = space.combine(h, i)
+            if i == end:
                 solution = argument
-            if i != tableau.end or taken.slot >= 0 or index + 1 < len(self.mesh):
-                record = tape.evaluate(t + tableau.c[i] * h, argument)
-                space.rows[i].copy_(record[0])
+                if not dense and index + 1 == len(self.mesh.steps):
+                    records.append(None)
+                    continue
+            record = tape.evaluate(t + c[i] * h, argument)
+            space.rows[i].copy_(record[0].detach())
             records.append(record)
-        return records, space.combine(y, h, tableau.end) if solution is None else solution
+        return records, space.combine(h, end) if solution is None else solution
 
-    def _pull_step(self, taken: Taken, records: list[Record | None], bar: Backward, stages: Tensor | None) -> None:
+    def _pull_step(self, index: int, records: list[Record | None], bar: Backward, stages: Tensor | None) -> None:
+        taken, dense = self.mesh.steps[index], self.bars.of(index)
         space, h, end = self._space, taken.h, self.tableau.end
         assert space is not None
+        rows = space.bar_rows
+        space.bars.zero_()
+        space.pull(h, end, bar.y)
         total = bar.y.clone()
-        bars = space.outer(end, bar.y, h, len(records))
-        rows = [row.view(space.shape) for row in bars]
-        if taken.slot >= 0:
-            assert self.slots is not None
-            total += self.slots[taken.slot, 0]
-            space.pull_polynomial(bars, self.slots[taken.slot, 1:], h)
+        if dense is not None:
+            total += dense[0]
+            space.pull_polynomial(h, dense[1:])
         incoming = bar.carry[0] if bar.carry else None
         if incoming is not None:
             rows[end].add_(incoming)
+        mixed = isinstance(taken.restart, Tensor)
         at_start: Tensor | float = 0.0
         by_length: Tensor | float = 0.0
         for i in range(len(records) - 1, -1, -1):
             record = records[i]
             if record is None:
                 continue
-            pulled, time = self.tape.pull(record, rows[i])
+            cotangent = rows[i]
+            if i == 0 and mixed:
+                cotangent = torch.where(taken.restart.unsqueeze(-1), cotangent, 0.0)
+            pulled, time = self.tape.pull(record, cotangent)
             if pulled is not None:
                 total.add_(pulled)
                 if i:
-                    space.add_outer(bars, i, pulled, h)
+                    space.pull(h, i, pulled)
             if time is not None:
                 at_start, by_length = at_start + time.double(), by_length + self.tableau.c[i] * time.double()
         if stages is not None:
-            stretch = space.stretch(bars, stages, h)
+            stretch = space.stretch(h, space.bars, stages)
             if incoming is not None:
-                stretch = stretch - space.stretch(incoming.view(1, -1), stages[end : end + 1], h)
+                stretch = stretch - space.stretch(h, incoming.reshape(1, -1), stages[end : end + 1])
             self._pull_times(taken, at_start, by_length + stretch, bar)
         bar.y = total
-        bar.carry = () if records[0] is not None else (rows[0],)
+        if mixed:
+            bar.carry = (torch.where(taken.restart.unsqueeze(-1), 0.0, rows[0]),)
+        else:
+            bar.carry = () if records[0] is not None else (rows[0].clone(),)
         if taken.replace is not None:
             bar.y = torch.zeros_like(total).index_add_(0, taken.replace, total)
 
-    def _pull_times(self, taken: Taken, at_start: Tensor | float, length: Tensor | float, bar: Backward) -> None:
+    def _pull_times(self, taken: Taken, at_start: Tensor | float, length: Tensor, bar: Backward) -> None:
         """A step of constant length hands the cotangent of its end to its start; one that lands ends elsewhere."""
-        if not taken.lands:
-            bar.t = at_start if bar.t is None else bar.t + at_start
-            return
-        if taken.lands == END:
-            bar.end = length if bar.t is None else length + bar.t
-        bar.t = at_start - length
+        after = torch.zeros_like(length) if bar.t is None else bar.t
+        lands = torch.as_tensor(taken.lands, device=length.device)
+        bar.t = torch.where(lands == FREE, after, -length) + at_start
+        end = torch.where(lands == END, length + after, 0.0)
+        bar.end = end if bar.end is None else bar.end + end
 
 
 class RecordedPullback:
     """Pulls cotangents through the steps of any method, recording whole segments."""
 
-    def __init__(self, method: Method, tape: Tape, mesh: Sequence[Taken], slots: Tensor | None, ends: Ends) -> None:
+    def __init__(self, method: Method, tape: Tape, mesh: Mesh, bars: PickBars, ends: Ends) -> None:
         """`ends` are the times whose cotangents are wanted."""
-        self.method, self.tape, self.mesh, self.slots, self.ends = method, tape, mesh, slots, ends
+        self.method, self.tape, self.mesh, self.bars, self.ends = method, tape, mesh, bars, ends
 
     def pull(self, span: range, y: Tensor, carry: Carry, bar: Backward) -> Tensor:
         """As `ExplicitPullback.pull`."""
@@ -222,19 +245,18 @@ class RecordedPullback:
             held = tuple(part.detach().requires_grad_() for part in carry)
             start, end = (None if x is None else x.detach().requires_grad_() for x in self.ends)
             times = [x for x in (start, end) if x is not None]
-            clock_ = Clock(self.mesh, start, end)
-            last, after, dense = replay(self.method, rhs, self.mesh, span.start, span.stop, leaf, held, clock_)
+            last, after, dense = replay(self.method, rhs, self.mesh, span, leaf, held, start, end)
         sums.evaluations += rhs.calls - calls
         outs, bars = [last], [bar.y]
         for part, cotangent in zip(after, bar.carry):
             if cotangent is not None:
                 outs.append(part)
                 bars.append(cotangent)
-        if dense:
-            assert self.slots is not None
-            slot = next(self.mesh[i].slot for i in span if self.mesh[i].slot >= 0)
-            outs += dense
-            bars += self.slots[slot : slot + len(dense)].unbind(0)
+        for index, coefficients in dense.items():
+            cotangent = self.bars.of(index)
+            if cotangent is not None:
+                outs.append(coefficients)
+                bars.append(cotangent)
         recorded = [(out, cotangent) for out, cotangent in zip(outs, bars) if out.requires_grad]
         inputs = [leaf, *held, *times, *sums.inputs]
         grads = torch.autograd.grad(

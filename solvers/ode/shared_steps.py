@@ -8,17 +8,28 @@ import torch
 from torch import Tensor
 
 from ..solution import Status
-from .problem import END, FORCED, FREE, Keeper, Problem, Run, Taken
+from ..transforms import any_true, inside_transform, plain
+from .control import History
+from .mesh import END, FORCED, FREE, Mesh, Taken
+from .method import Carry, Step
+from .problem import Keeper, Problem, Run
 
 # A step that would leave less than this fraction of itself before a time to land on is stretched to reach it.
-_STRETCH = 1e-3
-_EPSILON = 2.0**-52
+STRETCH = 1e-3
 # Of a step in which the field became NaN or infinite this fraction is tried next.
-_RETREAT = 0.1
+RETREAT = 0.1
+# A step shorter than so many times the resolution of time is none.
+UNDERFLOW = 16 * 2.0**-52
+# Of a step whose stage equations could not be solved.
+GIVE_WAY = 0.25
 
 
 class SharedSteps:
-    """State of one batch-wide solve."""
+    """One batch-wide solve.
+
+    Samples that end before the others, because they are broken or an event ended them, are replaced by copies of a
+    healthy sample: their rows go on without harm and count for nothing.
+    """
 
     def __init__(self, problem: Problem, keeper: Keeper | None) -> None:
         self.problem, self.keeper = problem, keeper
@@ -26,22 +37,31 @@ class SharedSteps:
         self.tolerance = problem.tolerance
         assert problem.times.listed is not None
         self.outputs = problem.times.listed
-        self.start, self.end = self.outputs[0], self.outputs[-1]
-        self.sign = math.copysign(1.0, self.end - self.start)
-        self.adaptive = self.control.adaptive and self.method.error_order is not None
+        self.sign = math.copysign(1.0, self.outputs[-1] - self.outputs[0])
         self.stops = self._stops()
-        self.mesh: list[Taken] = []
-        self.slots: list[Tensor] = []
+        batch, device = len(problem.y0), problem.y0.device
+        self.steps: list[Taken] = []
+        self.picks: list[int] = []
+        self.dense: list[Tensor] = []
+        self.places: list[int] = []
+        self.alive: Tensor | None = None
+        self.replace: Tensor | None = None
+        self.accepted = self.rejected = 0
+        self.status = torch.full((batch,), int(Status.MAX_STEPS), device=device)
+        self.reached = torch.full((batch,), self.outputs[0], dtype=torch.float64, device=device)
+        self.counts = torch.zeros((3, batch), dtype=torch.long, device=device)
+        self.ratio = 0.0
+        self.step = torch.zeros((batch,), dtype=torch.float64, device=device)
+        self.component = torch.zeros((batch,), dtype=torch.long, device=device)
 
     def _stops(self) -> list[tuple[float, int, float | None]]:
         """(time to land on, FORCED or END, where to restart after a jump), in the direction of time."""
-        stops: dict[float, tuple[int, float | None]] = {}
-        for t in self.control.step_t:
-            stops[t] = (FORCED, None)
+        start, end = self.outputs[0], self.outputs[-1]
+        stops: dict[float, tuple[int, float | None]] = dict.fromkeys(self.control.step_t, (FORCED, None))
         for t in self.control.jump_t:
             stops[self._beside(t, -self.sign)] = (FORCED, self._beside(t, self.sign))
-        stops[self.end] = (END, None)
-        inside = [t for t in stops if 0 < (t - self.start) * self.sign <= (self.end - self.start) * self.sign]
+        stops[end] = (END, None)
+        inside = [t for t in stops if 0 < (t - start) * self.sign <= (end - start) * self.sign]
         return [(t, *stops[t]) for t in sorted(inside, key=lambda t: t * self.sign)]
 
     def _beside(self, t: float, direction: float) -> float:
@@ -50,114 +70,196 @@ class SharedSteps:
         return float(torch.nextafter(here, torch.full_like(here, math.copysign(math.inf, direction))))
 
     def run(self) -> Run:
-        """Integrate to the last output time."""
+        """Integrate to the last output time, or until no sample is left."""
         problem, rhs, method, control, tolerance = self.problem, self.rhs, self.method, self.control, self.tolerance
-        order = method.error_order or 1
-        y, t = problem.y0, self.start
-        batch = len(y)
+        order, adaptive = method.error_order or 1, problem.adaptive
+        y, t = problem.y0, self.outputs[0]
         size = y.abs()
-        handed, memory = (), None
         carry = method.init(rhs, t, y)
-        h = self._first_step(t, y, carry)
-        stop, output = 0, 1
-        accepted = rejected = 0
-        restart, grow, history = True, True, ()
-        ratio = 0.0
-        status = Status.MAX_STEPS
-        while accepted + rejected < problem.max_steps:
+        handed: Carry = ()
+        h, memory = self._first_step(t, y, carry), None
+        history: History = ()
+        restart, moves, steady, stop, wish = True, True, True, 0, h
+        while self.accepted + self.rejected < problem.max_steps:
             target, kind, jump = self.stops[stop]
-            left = target - t
-            lands = FREE
-            step_h = h
-            if abs(left) <= abs(h) * (1 + _STRETCH):
-                step_h, lands = left, kind
+            step_h, lands = h, FREE
+            if abs(target - t) <= abs(h) * (1 + STRETCH):
+                step_h, lands = target - t, kind
             if not carry:
                 carry = method.init(rhs, t, y)
             step = method.step(rhs, t, y, step_h, carry, memory)
             memory = step.memory
             new_size = step.y.abs()
-            factor, history_if = 1.0, history
-            if self.adaptive:
+            factor = 1.0
+            if adaptive:
                 assert step.error is not None
-                ratio = tolerance.batch_ratio(step.error, torch.maximum(size, new_size))
-                if not math.isfinite(ratio):
-                    factor = _RETREAT
-                else:
-                    factor, history_if = control.factor(ratio, history, order)
-                if not ratio <= 1.0 and abs(step_h) > control.min_step:
-                    rejected += 1
-                    grow = False
-                    h = self._clip(step_h * factor)
-                    if abs(h) < 16 * _EPSILON * max(abs(t), abs(t + h)):
-                        status = Status.STEP_UNDERFLOW if math.isfinite(ratio) else Status.NON_FINITE
-                        break
+                ratio = tolerance.batch_ratio(step.error, torch.maximum(size, new_size), self.alive)
+                if step.failed is not None and any_true(step.failed):
+                    ratio = math.inf
+                if not ratio <= 1.0 and (abs(step_h) > control.min_step or not math.isfinite(ratio)):
+                    self.rejected += 1
+                    steady = False
+                    if math.isfinite(ratio):
+                        wish = h = self._clip(step_h * min(control.factor(ratio, history, order)[0], 1.0))
+                    else:
+                        h = step_h * (RETREAT if step.failed is None else GIVE_WAY)
+                    if self._drop_lost(t, y, carry, step, step_h, h, ratio):
+                        if not self._survivors():
+                            break
+                        assert self.replace is not None
+                        y = y.index_select(0, self.replace)
+                        size, carry, handed, restart, h = y.abs(), (), (), True, wish
                     continue
-            # The step is accepted.
+                factor, history = control.factor(ratio, history, order)
+                self.ratio = ratio
             new_t = target if lands else t + step_h
-            slot = -1
-            last_output = output
-            while last_output < len(self.outputs) - 1 and (self.outputs[last_output] - new_t) * self.sign <= 0:
-                last_output += 1
-            if last_output > output or problem.dense:
-                slot = len(self.slots)
-                self.slots.append(method.dense(rhs, t, y, step_h, step))
+            wanted, bare = self._wants_dense(new_t), step.carry
+            if wanted:
+                self.picks.append(self.accepted)
+                self.dense.append(method.dense(rhs, t, y, step_h, step))
             if self.keeper is not None:
-                self.keeper.offer(accepted, y, handed)
-            self.mesh.append(Taken(t, step_h, lands, restart, slot, None))
-            accepted += 1
-            output = last_output
-            t, y, size, history, restart = new_t, step.y, new_size, history_if, False
-            carry = handed = step.carry
+                self.keeper.offer(self.accepted, y, handed)
+            self.steps.append(Taken(t, step_h, lands, moves, restart, wanted, self.replace))
+            self.replace = None
+            self.accepted += 1
+            t, y, size, restart = new_t, step.y, new_size, False
+            carry, handed = step.carry, bare
+            if adaptive:
+                grown = step_h * (factor if steady else min(factor, 1.0))
+                # A step that was cut short to land does not shorten the next one.
+                wish = h = self._clip(max(abs(h), abs(grown)) if lands else grown)
+            steady = True
+            if not adaptive and self._drop_broken(t, y, step_h):
+                if not self._survivors():
+                    break
+                assert self.replace is not None
+                y, carry, handed, restart = y.index_select(0, self.replace), (), (), True
+                size = y.abs()
             if lands:
-                # The step was cut short: the controller's next one starts from the longer step it had wished for.
-                h = self._clip(max(abs(h), abs(step_h) * factor) * self.sign if self.adaptive else h)
+                moves = False
                 stop += 1
                 if stop == len(self.stops):
-                    status = Status.CONVERGED
                     break
                 if jump is not None:
                     t, carry, handed, restart = jump, (), (), True
-            elif self.adaptive:
-                h = self._clip(step_h * (factor if grow else min(factor, 1.0)))
-            grow = True
-        full = torch.full((batch,), 0, device=y.device)
-        return Run(
-            y=y,
-            mesh=self.mesh,
-            dense=torch.stack(self.slots) if self.slots else None,
-            reached=torch.full((batch,), t, dtype=torch.float64, device=y.device),
-            status=full + int(status),
-            accepted=full + accepted,
-            rejected=full + rejected,
-            evaluations=full + rhs.calls,
-            ratio=torch.full((batch,), ratio, dtype=rhs.spec.dtype, device=y.device),
-        )
+        done = stop == len(self.stops)
+        self._end(self._living(), Status.CONVERGED if done else Status.MAX_STEPS, t, h)
+        return self._report(y)
+
+    def _first_step(self, t: float, y: Tensor, carry: Carry) -> float:
+        given = self.control.first_step
+        return self._clip(first_step(self.problem, t, y, carry) if given is None else given)
 
     def _clip(self, h: float) -> float:
         return math.copysign(min(max(abs(h), self.control.min_step), self.control.max_step), self.sign)
 
-    def _first_step(self, t: float, y: Tensor, carry: tuple[Tensor, ...]) -> float:
-        given = self.control.first_step
-        if given is None:
-            given = first_step(self.problem, t, y, carry, self.end - self.start)
-        return self._clip(given)
+    def _wants_dense(self, new_t: float) -> bool:
+        """Whether the step up to `new_t` has output times inside, which are then noted."""
+        known = len(self.places)
+        while (
+            len(self.places) + 2 < len(self.outputs) and (new_t - self.outputs[len(self.places) + 1]) * self.sign >= 0
+        ):
+            self.places.append(len(self.picks))
+        return len(self.places) > known or self.problem.dense
+
+    def _living(self) -> Tensor:
+        return torch.ones_like(self.status, dtype=torch.bool) if self.alive is None else self.alive
+
+    def _drop_lost(self, t: float, y: Tensor, carry: Carry, step: Step, tried: float, h: float, ratio: float) -> bool:
+        """End the samples for which no step `h` can be accepted any more; whether there were any."""
+        assert step.error is not None
+        span = self.outputs[-1] - self.outputs[0]
+        tiny = abs(h) < UNDERFLOW * max(abs(t), abs(t + h), 1e-6 * abs(span))
+        if not tiny and (math.isfinite(ratio) or inside_transform()):
+            return False
+        living = self._living()
+        if inside_transform():
+            lost, broken = living, living & (not math.isfinite(ratio))
+        else:
+            broken = ~(step.y.isfinite() & step.error.isfinite()).all(-1) & living
+            if not tiny:
+                # No shorter step helps where the field is broken at the very state the step starts from.
+                lost = broken & ~self.method.derivative(self.rhs, t, y, carry).isfinite().all(-1)
+            elif step.failed is not None:
+                lost = (broken | step.failed) & living
+            else:
+                each = self.tolerance.sample_ratio(step.error, torch.maximum(y.abs(), step.y.abs()))
+                lost = ~(each <= 1) & living
+            if not any_true(lost):
+                return False
+        self.component = torch.where(lost, self.tolerance.component(step.error, y.abs()), self.component)
+        self._end(lost & broken, Status.NON_FINITE, t, tried)
+        self._end(lost & ~broken, Status.STEP_UNDERFLOW, t, tried)
+        self._replace(lost)
+        return True
+
+    def _drop_broken(self, t: float, y: Tensor, h: float) -> bool:
+        """With steps of constant length: end the samples whose state is not finite; whether there are new ones."""
+        if math.isfinite(float(plain(y).sum())):
+            return False
+        living = self._living()
+        lost = living if inside_transform() else living & ~y.isfinite().all(-1)
+        if not any_true(lost):
+            return False
+        self.component = torch.where(lost, y.isfinite().int().argmin(-1), self.component)
+        self._end(lost, Status.NON_FINITE, t, h)
+        self._replace(lost)
+        return True
+
+    def _survivors(self) -> bool:
+        return self.alive is None or any_true(self.alive)
+
+    def _replace(self, lost: Tensor) -> None:
+        """Let a healthy sample stand in for those that are lost."""
+        self.alive = self._living() & ~lost
+        index = torch.arange(len(lost), device=lost.device)
+        index = torch.where(self.alive, index, self.alive.int().argmax())
+        self.replace = index if self.replace is None else self.replace[index]
+
+    def _end(self, rows: Tensor, status: Status, t: float, h: float) -> None:
+        """Write down how and where `rows` end."""
+        self.status = torch.where(rows, int(status), self.status)
+        self.reached = torch.where(rows, t, self.reached)
+        self.step = torch.where(rows, h, self.step)
+        now = torch.tensor([self.accepted, self.rejected, self.rhs.calls], device=rows.device)
+        self.counts = torch.where(rows, now.unsqueeze(1), self.counts)
+
+    def _report(self, y: Tensor) -> Run:
+        device = y.device
+        missing = max(len(self.outputs) - 2 - len(self.places), 0)
+        places = torch.tensor(self.places + [0] * missing, dtype=torch.long, device=device)
+        return Run(
+            y=y,
+            mesh=Mesh(self.steps, self.picks),
+            dense=torch.stack(self.dense) if self.dense else None,
+            places=places,
+            reached=self.reached,
+            status=self.status,
+            accepted=self.counts[0],
+            rejected=self.counts[1],
+            evaluations=self.counts[2],
+            ratio=torch.full_like(self.reached, self.ratio),
+            step=self.step,
+            component=self.component,
+        )
 
 
-def first_step(problem: Problem, t: float, y: Tensor, carry: tuple[Tensor, ...], span: float) -> float:
-    """A first step for which an explicit Euler step would be about as accurate as the tolerance.
+def first_step(problem: Problem, t: float, y: Tensor, carry: Carry) -> float:
+    """A first step with which Euler's method would be about as accurate as the tolerance asks.
 
     Source: Hairer, Norsett, Wanner 1993, section II.4.
     """
     rhs, tolerance, order = problem.rhs, problem.tolerance, problem.method.error_order or 1
+    assert problem.times.listed is not None
+    span = problem.times.listed[-1] - t
     slope, size = problem.method.derivative(rhs, t, y, carry), y.abs()
     d0, d1 = tolerance.batch_ratio(y, size), tolerance.batch_ratio(slope, size)
-    guess = 1e-6 if min(d0, d1) < 1e-5 or not math.isfinite(d0 + d1) else 0.01 * d0 / d1
+    guess = 1e-6 * abs(span) if min(d0, d1) < 1e-5 or not math.isfinite(d0 + d1) else 0.01 * d0 / d1
     guess = min(guess, abs(span))
     h = math.copysign(guess, span)
     change = rhs(t + h, y + h * slope) - slope
-    d2 = tolerance.batch_ratio(change, size) / guess
-    largest = max(d1, d2)
+    largest = max(d1, tolerance.batch_ratio(change, size) / guess)
     if not math.isfinite(largest):
         return guess
-    second = max(1e-6, guess * 1e-3) if largest <= 1e-15 else (0.01 / largest) ** (1 / order)
+    second = max(1e-6 * abs(span), guess * 1e-3) if largest <= 1e-15 else (0.01 / largest) ** (1 / order)
     return min(100 * guess, second, abs(span))

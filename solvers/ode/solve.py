@@ -18,9 +18,9 @@ from .adjoint_checkpoint import CheckpointedTrajectory
 from .control import Controller, PIDController
 from .explicit import Tsit5
 from .interpolation import polynomial
+from .mesh import take
 from .method import Method, Rhs
 from .problem import Problem, Tolerance
-from .replay import Clock
 from .times import read_times
 
 T = TypeVar("T")
@@ -84,29 +84,19 @@ def solve_ode(
 def _outputs(task: Task, outcome: Outcome) -> Tensor:
     """The matrices at all output times (T, batch, n)."""
     problem, run = task.problem, outcome.run
-    ends = [problem.y0.unsqueeze(0), outcome.y.unsqueeze(0)]
-    if problem.times.count == 2:
-        return torch.cat(ends)
-    assert outcome.dense is not None
-    clock = Clock(run.mesh, task.start, task.end)
-    device = problem.y0.device
-    slots = [(i, taken) for i, taken in enumerate(run.mesh) if taken.slot >= 0]
-    listed = problem.times.listed
-    which, k = [], 0
-    sign = 1.0 if listed[-1] > listed[0] else -1.0
-    for t in listed[1:-1]:
-        while (t - (slots[k][1].t + slots[k][1].h)) * sign > 0 and k + 1 < len(slots):
-            k += 1
-        which.append(k)
-    starts, lengths = zip(*(clock.at(i, taken) for i, taken in slots))
-    start, length = _stack(starts, device), _stack(lengths, device)
-    index = torch.tensor(which, device=device)
-    inner = problem.times.given[1:-1].double()
-    theta = (inner - start[index]) / length[index]
-    return torch.cat([ends[0], polynomial(outcome.dense[index], theta), ends[1]])
-
-
-def _stack(times: Sequence[Any], device: torch.device) -> Tensor:
-    if any(isinstance(t, Tensor) for t in times):
-        return torch.stack([torch.as_tensor(t, dtype=torch.float64, device=device) for t in times])
-    return torch.tensor(times, dtype=torch.float64, device=device)
+    inside: list[Tensor] = []
+    if problem.times.count > 2 and outcome.dense is not None:
+        picks, places = run.mesh.picks, run.places
+        if isinstance(picks, Tensor):
+            steps = picks.gather(0, places)
+            coefficients = take(outcome.dense, places) if problem.dense else outcome.dense
+        else:
+            steps = torch.tensor(picks, device=places.device)[places]
+            coefficients = outcome.dense[places]
+        t, h = run.mesh.all_times(steps, task.start, task.end)
+        given = problem.times.given.double()
+        inner = given[1:-1] if given.ndim == 1 else given[:, 1:-1].T
+        inner = inner.unsqueeze(-1) if inner.ndim < t.ndim else inner
+        theta = (inner - t) / h
+        inside = [polynomial(coefficients, theta)]
+    return torch.cat([problem.y0.unsqueeze(0), *inside, outcome.y.unsqueeze(0)])

@@ -79,7 +79,7 @@ class Tableau:
     extra: tuple[Row, ...] = ()
     weights: tuple[Row, ...] | None = None
 
-    @property
+    @functools.cached_property
     def stages(self) -> int:
         """s, without the extra ones of the dense output."""
         return len(self.b)
@@ -110,7 +110,7 @@ class Tableau:
         end = () if self.fsal else (self.b,)
         return self.a + end + self.extra
 
-    @property
+    @functools.cached_property
     def end(self) -> int:
         """Which stage is the derivative at the end of the step."""
         return self.stages - 1 if self.fsal else self.stages

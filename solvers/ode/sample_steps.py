@@ -1,0 +1,361 @@
+"""The driver in which every sample takes its own steps: times and steps are tensors (batch,)."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..solution import Status
+from ..transforms import all_true, any_true, plain
+from .control import History
+from .mesh import END, FORCED, FREE, Mesh, Taken, take
+from .method import Carry, Method, Rhs, Time
+from .problem import Keeper, Problem, Run
+from .shared_steps import GIVE_WAY, RETREAT, STRETCH, UNDERFLOW
+
+# So many iterations are looked through together for output times that lie inside their steps.
+_CHUNK = 16
+
+
+class _Tried(NamedTuple):
+    """One iteration: the steps tried, and which of them were accepted; all (batch,)."""
+
+    t: Tensor
+    h: Tensor
+    accepted: Tensor
+    lands: Tensor
+    moves: Tensor
+    fresh: Tensor
+
+
+class SampleSteps:
+    """One solve with a step for every sample.
+
+    An iteration tries a step of every sample that has not ended; the others take steps of length zero. Afterwards the
+    accepted steps are lined up, each sample's n-th in the mesh's n-th, so that a replay rejects nothing.
+    """
+
+    def __init__(self, problem: Problem, keeper: Keeper | None) -> None:
+        self.problem, self.keeper = problem, keeper
+        self.rhs, self.method, self.control = problem.rhs, problem.method, problem.controller
+        self.tolerance = problem.tolerance
+        batch = len(problem.y0)
+        self.outputs = problem.times.values.expand(batch, -1)
+        self.start, self.end = self.outputs[:, 0], self.outputs[:, -1]
+        self.sign = (self.end - self.start).sign()
+        self.stops, self.kinds, self.jumps = self._stops()
+        self.tried: list[_Tried] = []
+        self.waiting: list[Tensor] = []
+        self.dense: Tensor | None = None
+        self.kept_dense: list[Tensor] = []
+        # The iteration that each output lies in, (T - 2, batch), -1 while it is not reached.
+        self.steps_of_output = torch.full_like(self.outputs[:, 1:-1].T, -1, dtype=torch.long)
+        zeros = torch.zeros_like(self.start)
+        self.status = torch.full_like(zeros, int(Status.MAX_STEPS), dtype=torch.long)
+        self.ratio = self.step = zeros
+        self.component = self.accepted = self.rejected = self.evaluations = torch.zeros_like(self.status)
+
+    def _stops(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(batch, stops): times to land on in each sample's order, how, and where to restart (NaN: no jump)."""
+        dtype, device = self.rhs.spec.dtype, self.start.device
+        ends, nan = self.end.unsqueeze(1), math.nan
+        step_t = torch.tensor(self.control.step_t, dtype=torch.float64, device=device)
+        jump_t = torch.tensor(self.control.jump_t, dtype=dtype, device=device)
+        ahead = self.sign.unsqueeze(1).to(dtype) * math.inf
+        before = torch.nextafter(jump_t, -ahead).double()
+        after = torch.nextafter(jump_t, ahead).double()
+        batch = len(ends)
+        stops = torch.cat([step_t.expand(batch, -1), before, ends], dim=1)
+        jumps = torch.cat([torch.full_like(step_t, nan).expand(batch, -1), after, torch.full_like(ends, nan)], dim=1)
+        kinds = torch.full_like(stops, FORCED, dtype=torch.long)
+        kinds[:, -1] = END
+        sign, start = self.sign.unsqueeze(1), self.start.unsqueeze(1)
+        outside = ((stops - start) * sign <= 0) | ((stops - ends) * sign > 0)
+        order = torch.where(outside, math.inf, stops * sign).argsort(dim=1, stable=True)
+        return stops.gather(1, order), kinds.gather(1, order), jumps.gather(1, order)
+
+    def run(self) -> Run:
+        """Integrate every sample to its last output time, or to where it breaks."""
+        problem, rhs, method, control, tolerance = self.problem, self.rhs, self.method, self.control, self.tolerance
+        order, adaptive = method.error_order or 1, problem.adaptive
+        interpolate = problem.dense or len(self.steps_of_output) > 0
+        t, y, carry, active = self._begin()
+        size, handed = y.abs(), ()
+        h, memory = self._first_steps(t, y, carry), None
+        moves = steady = fresh = torch.ones_like(active)
+        stop = torch.zeros_like(self.status)
+        history: History = ()
+        target, kind, jump = self.stops[:, 0], self.kinds[:, 0], self.jumps[:, 0]
+        for iteration in range(problem.max_steps if any_true(active) else 0):
+            calls = rhs.calls
+            left = target - t
+            lands = left.abs() <= h.abs() * (1 + STRETCH)
+            step_h = torch.where(active, torch.where(lands, left, h), 0.0)
+            if not carry:
+                carry = method.init(rhs, t, y)
+            step = method.step(rhs, t, y, step_h, carry, memory)
+            memory, new_size = step.memory, step.y.abs()
+            if adaptive:
+                assert step.error is not None
+                ratio = tolerance.sample_ratio(step.error, torch.maximum(size, new_size))
+                finite = ratio.isfinite()
+                accepted = (ratio <= 1) | ((step_h.abs() <= control.min_step) & finite)
+                if step.failed is not None:
+                    accepted = accepted & ~step.failed
+                accepted = accepted & active
+                factor, wished = control.factor(ratio, history, order)
+                history = _updated(history, wished, accepted)
+                factor = torch.where(steady & accepted, factor, torch.clamp(torch.as_tensor(factor), max=1.0))
+                factor = torch.where(finite, factor, RETREAT)
+                if step.failed is not None:
+                    factor = torch.where(step.failed, GIVE_WAY, factor)
+                self.ratio = torch.where(active, ratio, self.ratio)
+                steady = torch.where(active, accepted, steady)
+            else:
+                finite = step.y.isfinite().all(-1)
+                accepted = finite & active
+            arrived = accepted & lands
+            self.tried.append(_Tried(t, step_h, accepted, torch.where(arrived, kind, FREE), moves, fresh))
+            if self.keeper is not None:
+                self.keeper.offer(iteration, y, handed)
+            bare = step.carry
+            if interpolate:
+                self.waiting.append(method.dense(rhs, t, y, step_h, step))
+            if adaptive:
+                wish = self._clip(step_h * factor)
+                # A step that was cut short to land does not shorten the next one.
+                keeps = ~active | (arrived & (wish.abs() < h.abs()))
+                h = torch.where(keeps, h, wish)
+                lost = active & ~accepted & self._tiny(t, h)
+            else:
+                lost = active & ~accepted
+            keep = accepted.unsqueeze(-1)
+            t = torch.where(accepted, torch.where(lands, target, t + step_h), t)
+            y, size = torch.where(keep, step.y, y), torch.where(keep, new_size, size)
+            # A replay does not compute every dense output, so it cannot rely on what these hand over.
+            handed = tuple(torch.where(keep, new, old) for new, old in zip(bare, carry))
+            if bare is step.carry:
+                carry = handed
+            else:
+                carry = tuple(torch.where(keep, new, old) for new, old in zip(step.carry, carry))
+            done = arrived & (kind == END)
+            self.accepted = self.accepted + accepted
+            self.rejected = self.rejected + (active & ~accepted)
+            self.evaluations = self.evaluations + active * (rhs.calls - calls)
+            self.step = torch.where(active, step_h, self.step)
+            moves, fresh = moves & ~arrived, fresh & ~accepted
+            if self.stops.shape[1] > 1:
+                stop = stop + (arrived & ~done)
+                leaps = arrived & ~jump.isnan()
+                target, kind, jump = (x.gather(1, stop[:, None])[:, 0] for x in (self.stops, self.kinds, self.jumps))
+                if any_true(leaps):
+                    t = torch.where(leaps, self._leap(stop - 1), t)
+                    fresh = fresh | leaps
+                    carry = renewed(method, rhs, t, y, carry, leaps)
+            self.status = torch.where(done, int(Status.CONVERGED), self.status)
+            active = active & ~done & ~lost
+            news = int(plain(torch.where(lost, 2, active.long())).max())
+            if news == 2:
+                self._end_lost(lost, finite, tolerance.component(step.error if adaptive else step.y, size))
+            if len(self.waiting) == _CHUNK:
+                self._flush(t)
+            if news != 1 and not any_true(active):
+                break
+        self._flush(t)
+        return self._report(t, y)
+
+    def _begin(self) -> tuple[Tensor, Tensor, Carry, Tensor]:
+        """Initial times, states and carry, healthy ones standing in for those that are broken, and who is active."""
+        t, y = self.start, self.problem.y0
+        carry = self.method.init(self.rhs, t, y)
+        healthy = (y.isfinite() & self.method.derivative(self.rhs, t, y, carry).isfinite()).all(-1)
+        self.replace: Tensor | None = None
+        if not all_true(healthy):
+            index = torch.arange(len(y), device=y.device)
+            self.replace = torch.where(healthy, index, healthy.int().argmax())
+            y = y.index_select(0, self.replace)
+            carry = self.method.init(self.rhs, t, y)
+            self.status = torch.where(healthy, self.status, int(Status.NON_FINITE))
+            self.component = self.problem.y0.isfinite().int().argmin(-1)
+        return t, y, carry, healthy
+
+    def _clip(self, h: Tensor) -> Tensor:
+        return h.abs().clamp(self.control.min_step, self.control.max_step) * self.sign
+
+    def _tiny(self, t: Tensor, h: Tensor) -> Tensor:
+        scale = torch.maximum(torch.maximum(t.abs(), (t + h).abs()), 1e-6 * (self.end - self.start).abs())
+        return h.abs() < UNDERFLOW * scale
+
+    def _leap(self, stop: Tensor) -> Tensor:
+        return self.jumps.gather(1, stop.clamp(min=0).unsqueeze(1)).squeeze(1)
+
+    def _end_lost(self, lost: Tensor, finite: Tensor, component: Tensor) -> None:
+        status = torch.where(finite, int(Status.STEP_UNDERFLOW), int(Status.NON_FINITE))
+        self.status = torch.where(lost, status, self.status)
+        self.component = torch.where(lost, component, self.component)
+
+    def _first_steps(self, t: Tensor, y: Tensor, carry: Carry) -> Tensor:
+        given = self.control.first_step
+        h = first_steps(self.problem, t, y, carry, self.end - self.start) if given is None else given * self.sign
+        return self._clip(h)
+
+    def _flush(self, t: Tensor) -> None:
+        """Look through the iterations since the last call for those that the outputs lie in."""
+        count = len(self.waiting)
+        if not count:
+            return
+        dense = torch.stack(self.waiting)
+        self.waiting = []
+        if self.problem.dense:
+            self.kept_dense.append(dense)
+        if not len(self.steps_of_output):
+            return
+        first = len(self.tried) - count
+        ends = torch.stack([tried.t for tried in self.tried[first + 1 :]] + [t], dim=1) * self.sign.unsqueeze(1)
+        wanted = self.outputs[:, 1:-1] * self.sign.unsqueeze(1)
+        found = torch.searchsorted(ends, wanted.contiguous()).T
+        new = (found < count) & (self.steps_of_output < 0)
+        self.steps_of_output = torch.where(new, found + first, self.steps_of_output)
+        if self.problem.dense:
+            return
+        if self.dense is None:
+            self.dense = dense.new_zeros((len(new), *dense.shape[1:]))
+        output, sample = new.nonzero(as_tuple=True)
+        self.dense[output, :, sample] = dense[found[output, sample], :, sample]
+
+    def _report(self, t: Tensor, y: Tensor) -> Run:
+        lined = LinedUp(self.tried, [entry[0] for entry in self.keeper.kept] if self.keeper else [], t)
+        if self.keeper is not None:
+            self.keeper.renumber(lined.firsts)
+        places = lined.index_of(self.steps_of_output.clamp(min=0))
+        if self.problem.dense:
+            picks = torch.arange(lined.count, device=t.device).unsqueeze(1).expand(-1, len(t))
+            if self.kept_dense:
+                self.dense = take(torch.cat(self.kept_dense), lined.iterations)
+        else:
+            picks, places = places, torch.arange(len(places), device=t.device).unsqueeze(1).expand_as(places)
+        return Run(
+            y=y,
+            mesh=Mesh(lined.steps(picks, self.replace), picks),
+            dense=self.dense,
+            places=places,
+            reached=t,
+            status=self.status,
+            accepted=self.accepted,
+            rejected=self.rejected,
+            evaluations=self.evaluations,
+            ratio=self.ratio,
+            step=self.step,
+            component=self.component,
+        )
+
+
+class LinedUp:
+    """The accepted steps of all samples, each sample's n-th in the n-th row, between any two kept states.
+
+    Attributes:
+        count: rows.
+        firsts: the row with which each segment between kept states begins.
+        iterations: (rows, batch) in which iteration the step was taken; where there is none, some iteration.
+    """
+
+    def __init__(self, tried: list[_Tried], kept: list[int], last: Tensor) -> None:
+        """`kept` are the iterations at which states were kept, `last` the times reached."""
+        self._batch, self._device = len(last), last.device
+        starts = kept or [0]
+        self.firsts, self.count = [0] * len(starts), 0
+        self.iterations = torch.zeros((0, self._batch), dtype=torch.long, device=self._device)
+        self._tried, self._last = tried, last
+        if not tried:
+            return
+        accepted = torch.stack([x.accepted for x in tried])
+        before = accepted.cumsum(0) - accepted.long()
+        bounds = torch.tensor(starts, device=self._device)
+        segment = torch.searchsorted(bounds, torch.arange(len(tried), device=self._device), right=True) - 1
+        rank = before - before[bounds][segment]
+        sizes = [stop - start for start, stop in zip(starts, [*starts[1:], len(tried)])]
+        longest = torch.stack([part.amax() for part in (rank + accepted).split(sizes)])
+        firsts = longest.cumsum(0) - longest
+        self.firsts, self.count = firsts.tolist(), int(longest.sum())
+        self._rows = rank + firsts[segment].unsqueeze(1)
+        self._accepted = accepted.nonzero(as_tuple=True)
+        # A sample without a step waits where the next segment finds it.
+        after = torch.stack([*(tried[i].t for i in starts[1:]), last])
+        self._waiting = after.repeat_interleave(longest, dim=0)
+        self.iterations = self._place(torch.zeros_like(self._waiting, dtype=torch.long), self._accepted[0])
+
+    def index_of(self, iterations: Tensor) -> Tensor:
+        """The rows of steps given by iteration (k, batch)."""
+        return self._rows.gather(0, iterations) if self._tried else iterations
+
+    def steps(self, picks: Tensor, replace: Tensor | None) -> list[Taken]:
+        """The rows."""
+        if not self.count:
+            return []
+
+        def lined(name: str, fill: Tensor) -> Tensor:
+            values = torch.stack([getattr(x, name) for x in self._tried])
+            return self._place(fill, values[self._accepted])
+
+        zeros, no = torch.zeros_like(self._waiting), torch.zeros_like(self._waiting, dtype=torch.bool)
+        t, h = lined("t", self._waiting), lined("h", zeros)
+        lands, moves, fresh = lined("lands", zeros.long()), lined("moves", no), lined("fresh", no)
+        asked = torch.zeros(self.count, dtype=torch.bool, device=self._device)
+        asked[picks.flatten()] = True
+        flags = torch.stack([asked, fresh.any(1)]).tolist()
+        return [
+            Taken(
+                t[i],
+                h[i],
+                lands[i],
+                moves[i],
+                i == 0 or (fresh[i] if flags[1][i] else False),
+                flags[0][i],
+                replace if i == 0 else None,
+            )
+            for i in range(self.count)
+        ]
+
+    def _place(self, fill: Tensor, values: Tensor) -> Tensor:
+        return fill.index_put((self._rows[self._accepted], self._accepted[1]), values)
+
+
+def renewed(method: Method, rhs: Rhs, t: Time, y: Tensor, carry: Carry, restart: bool | Tensor) -> Carry:
+    """The carry, made anew for the samples in `restart`."""
+    if not carry or restart is True:
+        return method.init(rhs, t, y)
+    if restart is False:
+        return carry
+    assert isinstance(restart, Tensor)
+    rows = restart.unsqueeze(-1)
+    return tuple(torch.where(rows, new, old) for new, old in zip(method.init(rhs, t, y), carry))
+
+
+def first_steps(problem: Problem, t: Tensor, y: Tensor, carry: Carry, span: Tensor) -> Tensor:
+    """As `first_step`, for every sample (batch,)."""
+    rhs, tolerance, order = problem.rhs, problem.tolerance, problem.method.error_order or 1
+    slope, size = problem.method.derivative(rhs, t, y, carry), y.abs()
+    d0, d1 = tolerance.sample_ratio(y, size), tolerance.sample_ratio(slope, size)
+    small = (torch.minimum(d0, d1) < 1e-5) | ~(d0 + d1).isfinite()
+    guess = torch.minimum(torch.where(small, 1e-6 * span.abs(), 0.01 * d0 / d1), span.abs())
+    h = guess * span.sign()
+    change = rhs(t + h, y + h.to(y.dtype).unsqueeze(-1) * slope) - slope
+    largest = torch.maximum(d1, tolerance.sample_ratio(change, size) / guess)
+    second = torch.where(
+        largest <= 1e-15, torch.clamp(guess * 1e-3, min=1e-6 * span.abs()), (0.01 / largest) ** (1 / order)
+    )
+    second = torch.minimum(torch.minimum(100 * guess, second), span.abs())
+    return torch.where(largest.isfinite(), second, guess) * span.sign()
+
+
+def _updated(old: History, new: History, accepted: Tensor) -> History:
+    """The controller's history of samples that accepted their steps."""
+    old = old or (1.0,) * len(new)
+    like = accepted.double()
+    return tuple(
+        torch.where(accepted, *(x if isinstance(x, Tensor) else torch.full_like(like, x) for x in pair))
+        for pair in zip(new, old)
+    )
