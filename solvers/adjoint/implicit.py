@@ -231,8 +231,7 @@ class _Solver:
         if self.inverse is None:
             return None
         # H approximates the inverse of dr/dz = -A.
-        corrections, steps = self.inverse.corrections, self.inverse.steps
-        wide = InverseJacobian(tuple(t.to(right.dtype) for t in corrections), tuple(t.to(right.dtype) for t in steps))
+        wide = self.inverse.to(right.dtype)
         return -(wide.apply_transpose(right) if transposed else wide.apply(right))
 
     def _solve(self, operator: LinearOperator, right: Tensor, transposed: bool) -> Solution[Tensor]:

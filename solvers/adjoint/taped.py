@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.utils import checkpoint
 
 from ..fixed_point.driver import Carry, advance, settle, start
@@ -59,7 +61,7 @@ class CheckpointedSteps(Adjoint):
         segments = min(self.knobs.segments or math.isqrt(count - 1) + 1, count)
         ends = [count * (i + 1) // segments for i in range(segments)]
         for end in ends:
-            carry = _replayed(task, carry, end)
+            carry = _replayed(_steps, task, carry, end)
         return settle(carry)
 
 
@@ -80,20 +82,50 @@ def _steps(task: Task, carry: Carry, end: int) -> Carry:
     return carry
 
 
-def _replayed(task: Task, carry: Carry, end: int) -> Carry:
-    replayed: Carry = checkpoint.checkpoint(_steps, task, carry, end, use_reentrant=False, determinism_check="default")
-    return replayed
-
-
 def _halve(task: Task, carry: Carry, end: int) -> Carry:
     """Both halves are checkpointed, and inside each again both halves: log2(steps) states are alive at a time."""
     if end - carry.count <= 1 or not carry.running():
         return _steps(task, carry, end)
     middle = (carry.count + end) // 2
-    carry = _replayed_halves(task, carry, middle)
-    return _replayed_halves(task, carry, end)
+    carry = _replayed(_halve, task, carry, middle)
+    return _replayed(_halve, task, carry, end)
 
 
-def _replayed_halves(task: Task, carry: Carry, end: int) -> Carry:
-    replayed: Carry = checkpoint.checkpoint(_halve, task, carry, end, use_reentrant=False, determinism_check="default")
+def _replayed(run: Callable[[Task, Carry, int], Carry], task: Task, carry: Carry, end: int) -> Carry:
+    """run(task, carry, end), recomputed in the backward pass.
+
+    The carry's tensors are handed over one by one. What else a checkpoint is given it holds until the end, also inside
+    another checkpoint, which is there to drop it.
+    """
+    tensors: list[Tensor] = []
+
+    def take(tensor: Tensor) -> _Place:
+        tensors.append(tensor)
+        return _Place(len(tensors) - 1)
+
+    form = _map_parts(Tensor, take, carry)
+
+    def resume(*given: Tensor) -> Carry:
+        return run(task, _map_parts(_Place, lambda place: given[place.index], form), end)
+
+    replayed: Carry = checkpoint.checkpoint(resume, *tensors, use_reentrant=False, determinism_check="default")
     return replayed
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a carry without its tensors lacks one."""
+
+    index: int
+
+
+def _map_parts(kind: type, change: Callable[[Any], Any], whole: Any) -> Any:
+    """`whole` with every part of that kind changed, through dataclasses and tuples."""
+    if isinstance(whole, kind):
+        return change(whole)
+    if isinstance(whole, tuple):
+        return tuple(_map_parts(kind, change, part) for part in whole)
+    if dataclasses.is_dataclass(whole) and not isinstance(whole, type):
+        parts = {f.name: _map_parts(kind, change, getattr(whole, f.name)) for f in dataclasses.fields(whole)}
+        return dataclasses.replace(whole, **parts)
+    return whole

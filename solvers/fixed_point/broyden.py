@@ -11,58 +11,84 @@ from ..options import options
 from ..transforms import any_true
 from .method import Evaluated, FixedPointSolver, Proposal
 from .problem import Problem
+from .ring import Ring, bordered, dot
 
 
 @dataclasses.dataclass(frozen=True)
 class InverseJacobian:
-    """H = (I + w_k s_k^T) ... (I + w_1 s_1^T) (-I), an approximate inverse of the residual's Jacobian.
+    """H = -(I + w_k s_k^T) ... (I + w_1 s_1^T), an approximate inverse of the residual's Jacobian.
 
     The product form stays invertible and consistent when its oldest factor is dropped; a sum of outer products
-    does not, since each term was computed with those before it.
+    does not, since each term was computed with those before it. The product is applied at once as
+    I + W (I - L)^{-1} S^T, with L_ij = s_i . w_j for the factors j older than i.
 
     Attributes:
-        corrections: w_i (rows, n), oldest first.
-        steps: s_i (rows, n).
+        corrections: w_i.
+        steps: s_i.
+        lower: L (rows, h, h) by slot; None while there is no factor.
+        skipped: slot of a factor that is left out.
     """
 
-    corrections: tuple[Tensor, ...] = ()
-    steps: tuple[Tensor, ...] = ()
+    corrections: Ring
+    steps: Ring
+    lower: Tensor | None = None
+    skipped: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.steps)
 
     def apply(self, v: Tensor) -> Tensor:
-        """H v."""
-        out = -v
-        for w, s in zip(self.corrections, self.steps, strict=True):
-            out = torch.addcmul(out, w, _dot(s, out))
-        return out
+        """H v for v (rows, n)."""
+        return -v if self.lower is None else -(v + self.corrections.combine(self._solve(self.steps.dots(v), False)))
 
     def apply_transpose(self, v: Tensor) -> Tensor:
-        """H^T v."""
-        out = v
-        for w, s in zip(reversed(self.corrections), reversed(self.steps), strict=True):
-            out = torch.addcmul(out, s, _dot(w, out))
-        return -out
+        """H^T v for v (rows, n)."""
+        return -v if self.lower is None else -(v + self.steps.combine(self._solve(self.corrections.dots(v), True)))
+
+    def _solve(self, right: Tensor, transposed: bool) -> Tensor:
+        assert self.lower is not None
+        lower = self.lower
+        if self.skipped is not None:
+            keep = (torch.arange(len(self), device=lower.device) != self.skipped).to(lower.dtype)
+            lower, right = lower * keep.unsqueeze(1) * keep, right * keep
+        eye = torch.eye(len(self), dtype=lower.dtype, device=lower.device)
+        # Ordered by age the matrix is triangular with ones on its diagonal, so it is never singular.
+        matrix = eye - (lower.mT if transposed else lower)
+        return torch.linalg.solve_ex(matrix, right.unsqueeze(2))[0].squeeze(2)
 
     def append(self, w: Tensor, s: Tensor) -> InverseJacobian:
-        """(I + w s^T) H."""
-        return InverseJacobian((*self.corrections, w), (*self.steps, s))
+        """(I + w s^T) H, in place of the oldest factor where the memory is full."""
+        slot = self.steps.slot
+        corrections, steps = self.corrections.put(w), self.steps.put(s)
+        row = corrections.dots(s)
+        # All the others are older than the new one: it depends on them, and none of them on it.
+        older = torch.arange(row.shape[1], device=row.device) != slot
+        return InverseJacobian(corrections, steps, bordered(self.lower, slot, row * older, torch.zeros_like(row)))
 
-    def newest(self, count: int) -> InverseJacobian:
-        """The newest `count` factors."""
-        return InverseJacobian(self.corrections[-count:], self.steps[-count:]) if count else InverseJacobian()
+    def making_room(self) -> InverseJacobian:
+        """H without the factor that the next one will replace."""
+        full = len(self) == self.steps.capacity
+        return dataclasses.replace(self, skipped=self.steps.slot) if full else self
+
+    def detach(self) -> InverseJacobian:
+        """The same as a constant."""
+        lower = None if self.lower is None else self.lower.detach()
+        return InverseJacobian(self.corrections.detach(), self.steps.detach(), lower)
 
     def salvage(self) -> InverseJacobian:
-        """Itself as a constant, less the factors of a row that broke."""
+        """A copy with zeros for what is not finite."""
+        lower = None if self.lower is None else self.lower.nan_to_num(0.0, 0.0, 0.0)
+        return InverseJacobian(self.corrections.salvage(), self.steps.salvage(), lower)
 
-        def clean(ts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return tuple(t.detach().nan_to_num(0.0, 0.0, 0.0) for t in ts)
-
-        return InverseJacobian(clean(self.corrections), clean(self.steps))
+    def to(self, dtype: torch.dtype) -> InverseJacobian:
+        """The same in another type."""
+        lower = None if self.lower is None else self.lower.to(dtype)
+        return InverseJacobian(self.corrections.to(dtype), self.steps.to(dtype), lower)
 
     def select(self, rows: Tensor) -> InverseJacobian:
-        """Those of some rows."""
-        return InverseJacobian(
-            tuple(t.index_select(0, rows) for t in self.corrections), tuple(t.index_select(0, rows) for t in self.steps)
-        )
+        """That of some rows."""
+        lower = None if self.lower is None else self.lower.index_select(0, rows)
+        return InverseJacobian(self.corrections.select(rows), self.steps.select(rows), lower)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +148,14 @@ class Broyden(FixedPointSolver):
 
     def init(self, z: Tensor) -> BroydenMemory:
         """H = -I: the first step is a Picard step."""
-        return BroydenMemory(InverseJacobian())
+        return BroydenMemory(InverseJacobian(Ring(self.memory), Ring(self.memory)))
 
     def lasting(self, memory: BroydenMemory) -> BroydenMemory:
         """The inverse, as a first guess of the new one."""
+        return BroydenMemory(memory.inverse.detach())
+
+    def resume(self, memory: BroydenMemory) -> BroydenMemory:
+        """A copy, which the new solve may write to, without the factors of rows that broke."""
         return BroydenMemory(memory.inverse.salvage())
 
     def propose(self, problem: Problem, at: Evaluated, memory: BroydenMemory) -> Proposal:
@@ -137,29 +167,28 @@ class Broyden(FixedPointSolver):
             return Proposal(at.z + direction, following)
         assert memory.residual is not None and memory.direction is not None
         assert memory.norm is not None and memory.length is not None
-        inverse = memory.inverse
-        if len(inverse.steps) >= self.memory:
-            inverse = inverse.newest(self.memory - 1)
-            # H has changed: what it makes of the old residual is no longer the old direction.
-            previous = inverse.apply(memory.residual)
-        else:
-            previous = -memory.direction
+        inverse = memory.inverse.making_room()
+        # Where H has changed, what it makes of the old residual is no longer the old direction.
+        previous = -memory.direction if inverse is memory.inverse else inverse.apply(memory.residual)
         step = at.z - memory.z
         applied = inverse.apply(at.residual)
         change = applied - previous
-        along = _dot(step, change)
-        size = _dot(step, step)
+        along = dot(step, change).unsqueeze(1)
         # Where the secant says nothing about the step's direction, the update would blow up: leave H as it is.
-        sound = along.abs() > 1e-6 * size
-        w = torch.where(sound, (step - change) / torch.where(sound, along, 1.0), 0.0)
-        direction = -torch.addcmul(applied, w, _dot(step, applied))
+        sound = along.abs() > 1e-6 * dot(step, step).unsqueeze(1)
+        refused = None
+        if self.line_search and not at.improving:
+            refused = ~(at.norm <= memory.norm * self.growth) & (memory.length > 2.0**-6)
+            refused = refused if any_true(refused) else None
+            if refused is not None:
+                sound = sound & ~refused.unsqueeze(1)
+        w = torch.where(sound, (step - change) / torch.where(sound, along, 1.0).to(step.dtype), 0.0)
+        step = torch.where(sound, step, 0.0)
+        direction = -torch.addcmul(applied, w, dot(step, applied).unsqueeze(1).to(step.dtype))
         following = BroydenMemory(inverse.append(w, step), at.z, at.residual, direction, at.norm, one)
-        if self.line_search:
-            refused = (at.norm > memory.norm * self.growth) & (memory.length > 2.0**-6)
-            refused = refused | ((memory.length > 2.0**-6) & ~torch.isfinite(at.norm))
-            if any_true(refused):
-                return self._shorten(memory, following, refused)
-        return Proposal(at.z + direction, following)
+        if refused is None:
+            return Proposal(at.z + direction, following)
+        return self._shorten(memory, following, refused)
 
     def _shorten(self, before: BroydenMemory, after: BroydenMemory, refused: Tensor) -> Proposal:
         """Keep the old state of the refused rows and halve their step; the others go on."""
@@ -167,15 +196,8 @@ class Broyden(FixedPointSolver):
         assert before.length is not None and after.length is not None
         names = ("z", "residual", "direction")
         mixed = {name: torch.where(rows, getattr(before, name), getattr(after, name)) for name in names}
-        newest = torch.where(rows, 0.0, after.inverse.corrections[-1])
-        inverse = InverseJacobian((*after.inverse.corrections[:-1], newest), after.inverse.steps)
         norm = torch.where(refused, before.norm, after.norm)  # type: ignore[arg-type]
         length = torch.where(refused, before.length / 2, after.length)
-        memory = BroydenMemory(inverse, norm=norm, length=length, **mixed)
+        memory = BroydenMemory(after.inverse, norm=norm, length=length, **mixed)
         z = torch.addcmul(mixed["z"], mixed["direction"], length.unsqueeze(1).to(mixed["z"].dtype))
         return Proposal(z, memory)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of rows (rows, 1), in the rows' own type."""
-    return torch.linalg.vecdot(a, b).unsqueeze(1)

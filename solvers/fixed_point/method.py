@@ -61,6 +61,10 @@ class FixedPointSolver(abc.ABC):
         """
         return None
 
+    def resume(self, memory: Any) -> Any:
+        """The memory to start from, of one that `lasting` has kept; solves may start from the same one repeatedly."""
+        return memory
+
     @abc.abstractmethod
     def propose(self, problem: Problem, at: Evaluated, memory: Any) -> Proposal:
         """The next iterate after an evaluation."""

@@ -61,10 +61,22 @@ class Ring:
         buffer = None if self.buffer is None else self.buffer.index_select(1, rows)
         return Ring(self.capacity, buffer, tuple(row.index_select(0, rows) for row in self.rows), self.count)
 
-    def copy(self) -> Ring:
-        """A ring whose buffer nobody else writes to."""
-        buffer = None if self.buffer is None else self.buffer.clone()
-        return Ring(self.capacity, buffer, self.rows, self.count)
+    def detach(self) -> Ring:
+        """The same as a constant."""
+        return Ring(self.capacity, self.buffer, tuple(row.detach() for row in self.rows), self.count)
+
+    def salvage(self) -> Ring:
+        """A copy with zeros for what is not finite."""
+        buffer = None if self.buffer is None else self.buffer[: len(self)].nan_to_num(0.0, 0.0, 0.0)
+        if buffer is not None and len(self) < self.capacity:
+            buffer = torch.cat([buffer, buffer.new_zeros(self.capacity - len(self), *buffer.shape[1:])])
+        rows = tuple(row.nan_to_num(0.0, 0.0, 0.0) for row in self.rows)
+        return Ring(self.capacity, buffer, rows, self.count)
+
+    def to(self, dtype: torch.dtype) -> Ring:
+        """The same in another type."""
+        buffer = None if self.buffer is None else self.buffer.to(dtype)
+        return Ring(self.capacity, buffer, tuple(row.to(dtype) for row in self.rows), self.count)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
