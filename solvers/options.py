@@ -12,8 +12,9 @@ T = TypeVar("T")
 
 def suggest(name: str, known: list[str]) -> str:
     """` Did you mean 'x'?` for the closest of `known`, or an empty string where nothing is close."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    lower = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
+    return f" Did you mean {lower[close[0]]!r}?" if close else ""
 
 
 @dataclass_transform(frozen_default=True)
