@@ -19,8 +19,10 @@ from ..adjoint.shared import CheckpointAdjoint, ReversibleAdjoint
 from .adjoint import Adjoint, DirectAdjoint
 from .control import ConstantController, Controller, IController, PIController, PIDController
 from .explicit import RK4, Bosh3, Dopri5, Euler, ExplicitRungeKutta, Heun, Midpoint, Ralston, Tsit5
+from .interpolation import Interpolation
 from .method import Method
-from .solve import ODESolution, solve_ode
+from .solution import ODESolution
+from .solve import solve_ode
 from .tableau import Tableau
 from .times import TimeError
 
@@ -37,6 +39,7 @@ __all__ = [
     "ExplicitRungeKutta",
     "Heun",
     "IController",
+    "Interpolation",
     "Method",
     "Midpoint",
     "ODESolution",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..options import options
 from ..solution import Stats
@@ -24,11 +24,11 @@ class Task:
 
     Attributes:
         problem: with the caller's own y0 and args, which may require gradients.
-        backward: takes the statistics of the backward pass when it has run.
+        report: takes the statistics of the backward pass when it has run.
     """
 
     problem: Problem
-    backward: list[Stats]
+    report: Callable[[Stats], None]
 
     @property
     def start(self) -> Tensor | None:
@@ -83,9 +83,9 @@ def plain_solve(task: Task) -> Outcome:
     return Outcome(run.y, run.dense, run)
 
 
-def wants_derivatives(problem: Problem) -> bool:
-    """Whether anything is recorded: a graph, tangents, or a transform's own."""
-    return torch.is_grad_enabled() or inside_transform() or torch.autograd.forward_ad._current_level >= 0
+def must_tape() -> bool:
+    """Whether only recorded steps will do: inside torch.func transforms and under forward-mode differentiation."""
+    return inside_transform() or torch.autograd.forward_ad._current_level >= 0
 
 
 @options
@@ -100,21 +100,17 @@ class DirectAdjoint(Adjoint):
 
     def solve(self, task: Task) -> Outcome:
         """Find the steps, then record them."""
-        run = task.run()
-        if not wants_derivatives(task.problem):
-            return Outcome(run.y, run.dense, run)
-        return taped(task, run)
+        return taped_outcome(task) if must_tape() or torch.is_grad_enabled() else plain_solve(task)
 
 
-def taped(task: Task, run: Run) -> Outcome:
-    """The accepted steps of `run` again, recorded."""
-    problem, mesh = task.problem, run.mesh
-    y, _, dense = replay(
-        problem.method, problem.rhs, mesh, range(len(mesh.steps)), problem.y0, (), task.start, task.end
-    )
+def taped_outcome(task: Task) -> Outcome:
+    """Find the steps, then record them."""
+    return taped(task.problem, task.run(), task.start, task.end)
+
+
+def taped(problem: Problem, run: Run, start: Tensor | None, end: Tensor | None) -> Outcome:
+    """The accepted steps of `run` again, recorded, as functions of the ends of the solve where these are given."""
+    mesh = run.mesh
+    steps = range(len(mesh.steps))
+    y, _, dense = replay(problem.method, problem.rhs, mesh, steps, problem.y0, (), start, end)
     return Outcome(y, mesh.gather(dense), run)
-
-
-def tensor_leaves(args: object) -> list[Tensor]:
-    """The tensors in args that require a gradient."""
-    return [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor) and leaf.requires_grad]

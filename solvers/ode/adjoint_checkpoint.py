@@ -2,122 +2,101 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..adjoint.shared import CheckpointAdjoint
-from ..solution import SolverError, Stats
-from ..transforms import inside_transform
-from .adjoint import Adjoint, Outcome, Task, plain_solve, taped, tensor_leaves, wants_derivatives
+from ..solution import SolverError
+from .adjoint import Adjoint, Outcome, Task, must_tape, plain_solve, taped_outcome
 from .explicit import ExplicitRungeKutta
-from .externals import Externals
+from .function import Cotangents, Solve
 from .mesh import PickBars
-from .problem import Keeper, Run
+from .method import Carry
+from .problem import Keeper
 from .pullback import Backward, ExplicitPullback, RecordedPullback, Sums, Tape
 from .replay import replay
 
 
 class CheckpointedTrajectory(Adjoint):
-    """`CheckpointAdjoint` for a trajectory: the accepted steps are replayed segment by segment from kept states.
-
-    Second derivatives are taken through one recording of all steps.
-    """
+    """`CheckpointAdjoint` for a trajectory: the accepted steps are replayed segment by segment from kept states."""
 
     def __init__(self, knobs: CheckpointAdjoint) -> None:
         self.knobs = knobs
 
     def solve(self, task: Task) -> Outcome:
         """Find the steps, keeping some states."""
-        if inside_transform() or torch.autograd.forward_ad._current_level >= 0:
-            return taped(task, task.run())
-        if not wants_derivatives(task.problem):
+        if must_tape():
+            return taped_outcome(task)
+        if not torch.is_grad_enabled():
             return plain_solve(task)
-        solve = Checkpointed(task, self.knobs)
-        if not solve.wanted:
-            return plain_solve(task)
-        tensors = _Solve.apply(solve, *solve.inputs)
-        assert solve.run is not None
-        return Outcome(tensors[0], tensors[1] if len(tensors) > 1 else None, solve.run)
+        return _Checkpointed(task, self.knobs).outcome()
 
 
-class Checkpointed:
-    """One solve: what its backward pass needs to know.
-
-    Attributes:
-        inputs: start and end time, y0, the tensors of args and those that the field closes over.
-    """
+class _Checkpointed(Solve):
+    """One solve."""
 
     def __init__(self, task: Task, knobs: CheckpointAdjoint) -> None:
-        problem = task.problem
-        self.task, self.problem, self.knobs = task, problem, knobs
-        self.autocast = _autocast_state(problem.y0.device.type)
-        self.args = tensor_leaves(problem.rhs.args)
-        self.cut = cut_args(problem.rhs.args)
-        self.inner = problem.rhs.with_args(self.cut)
-        self.run: Run | None = None
+        super().__init__(task)
+        self.recursive = knobs.recursive
         self.keeper = Keeper(1 if knobs.recursive else knobs.segments)
-        t0 = problem.times.values[..., 0]
-        with torch.enable_grad():
-            y = problem.y0.detach().requires_grad_()
-            first: list[Tensor] = [y, *tensor_leaves(self.cut)]
-            start = float(t0) if t0.ndim == 0 else t0
-            self.externals = Externals(lambda: self.inner(start, y), problem.rhs.field, first)
-        ends = [x for x in (task.start, task.end) if x is not None]
-        self.timed = bool(ends)
-        self.inputs = [*ends, problem.y0, *self.args, *self.externals.tensors]
-        self.wanted = any(x.requires_grad for x in self.inputs)
 
     def forward(self) -> tuple[Tensor, ...]:
-        """Find the steps."""
-        self.run = run = self.task.run(self.keeper)
-        return (run.y,) if run.dense is None else (run.y, run.dense)
+        run = self.task.run(self.keeper)
+        self.run = dataclasses.replace(run, dense=None)
+        results = (run.y, run.dense)
+        return tuple(x.detach() for x in results if x is not None)
 
-    def backward(self, y_bar: Tensor, slots: Tensor | None) -> list[Tensor | None]:
-        """Cotangents of `inputs`."""
-        run = self.run
-        assert run is not None
-        shared = [*tensor_leaves(self.cut), *self.externals.tensors]
-        sums = Sums(shared, self.externals)
-        tape = Tape(self.inner, sums, self.timed)
-        bar = Backward(y_bar)
-        if isinstance(self.problem.method, ExplicitRungeKutta):
-            pullback: Any = ExplicitPullback(self.problem.method, tape, run.mesh, PickBars(run.mesh, slots))
+    def backward(self, bars: tuple[Tensor, ...]) -> Cotangents:
+        assert self.run is not None
+        segments = Segments(self, bars[1] if len(bars) > 1 else None, self.recursive)
+        return segments.pull(bars[0], self.keeper.kept)
+
+
+class Segments:
+    """The backward pass over the segments between kept states."""
+
+    def __init__(self, solve: Solve, dense_bar: Tensor | None, recursive: bool) -> None:
+        assert solve.run is not None
+        self.solve, self.run, self.recursive = solve, solve.run, recursive
+        self.sums = Sums(solve.shared, solve.externals)
+        tape = Tape(solve.inner, self.sums, solve.timed)
+        mesh, method = self.run.mesh, solve.problem.method
+        picks = PickBars(mesh, dense_bar)
+        self.pullback: ExplicitPullback | RecordedPullback
+        if isinstance(method, ExplicitRungeKutta):
+            self.pullback = ExplicitPullback(method, tape, mesh, picks)
         else:
-            ends = (self.task.start, self.task.end)
-            pullback = RecordedPullback(self.problem.method, tape, run.mesh, PickBars(run.mesh, slots), ends)
-        with self.autocast():
-            stop, after = len(run.mesh.steps), run.y
-            for first, y, carry in reversed(self.keeper.kept):
-                self._pull(pullback, first, stop, y, carry, bar, after)
-                stop, after = first, y
-        ends_bar = []
-        if self.task.start is not None:
-            ends_bar.append(bar.t)
-        if self.task.end is not None:
-            ends_bar.append(bar.end)
-        self.task.backward.append(_stats(run, sums.evaluations))
-        return [*ends_bar, bar.y, *sums.totals]
+            self.pullback = RecordedPullback(method, tape, mesh, picks, solve.ends)
 
-    def _pull(self, pullback: Any, first: int, stop: int, y: Tensor, carry: Any, bar: Backward, after: Tensor) -> None:
-        """One segment; with `recursive` its second half first, from a state computed on the way."""
-        if self.knobs.recursive and stop - first > 1:
+    def pull(self, y_bar: Tensor, kept: list[tuple[int, Tensor, Carry]]) -> Cotangents:
+        """From the end to the start.
+
+        Args:
+            y_bar: cotangent of the final matrix.
+            kept: (step that starts here, state, carry), in order.
+        """
+        bar = Backward(y_bar)
+        stop, after = len(self.run.mesh.steps), self.run.y
+        for first, y, carry in reversed(kept):
+            self._pull(first, stop, y, carry, bar, after)
+            stop, after = first, y
+        steps = len(self.run.mesh.steps)
+        return Cotangents(bar.t, bar.end, bar.y, self.sums.totals, self.sums.evaluations, steps)
+
+    def _pull(self, first: int, stop: int, y: Tensor, carry: Carry, bar: Backward, after: Tensor) -> None:
+        """One segment; if recursive its second half first, from a state computed on the way."""
+        if self.recursive and stop - first > 1:
             middle = (first + stop) // 2
             with torch.no_grad():
-                there, held, _ = replay(self.problem.method, self.inner, self.run.mesh, range(first, middle), y, carry)
-            self._pull(pullback, middle, stop, there, held, bar, after)
-            self._pull(pullback, first, middle, y, carry, bar, there)
+                method, inner = self.solve.problem.method, self.solve.inner
+                there, held, _ = replay(method, inner, self.run.mesh, range(first, middle), y, carry)
+            self._pull(middle, stop, there, held, bar, after)
+            self._pull(first, middle, y, carry, bar, there)
             return
-        found = pullback.pull(range(first, stop), y, carry, bar)
-        _check_repeats(found, after)
-
-    def recorded(self, y_bar: Tensor, slots: Tensor | None) -> list[Tensor | None]:
-        """Cotangents of `inputs`, themselves differentiable."""
-        raise NotImplementedError
+        _check_repeats(self.pullback.pull(range(first, stop), y, carry, bar), after)
 
 
 def _check_repeats(found: Tensor, expected: Tensor) -> None:
@@ -129,49 +108,3 @@ def _check_repeats(found: Tensor, expected: Tensor) -> None:
             "gradients would be wrong. It must be a function of t, y and args alone: fix its noise within a solve, and "
             "do not let it change state."
         )
-
-
-class _Solve(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, solve: Checkpointed, *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.solve = solve
-        ctx.save_for_backward(*inputs)
-        return solve.forward()
-
-    @staticmethod
-    def backward(ctx: Any, y_bar: Tensor, slots: Tensor | None = None) -> Any:
-        # Unpacking raises where an input was changed in place since.
-        _ = ctx.saved_tensors
-        solve = ctx.solve
-        bars = solve.recorded(y_bar, slots) if torch.is_grad_enabled() else solve.backward(y_bar, slots)
-        return (None, *bars)
-
-
-def cut_args(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same arguments with tensors that require a gradient replaced by leaves of the same value."""
-
-    def cut(leaf: Any) -> Any:
-        wants = isinstance(leaf, Tensor) and leaf.requires_grad
-        return leaf.detach().requires_grad_() if wants else leaf
-
-    return pytree.tree_map(cut, args)
-
-
-def _autocast_state(device: str) -> Any:
-    """A factory of contexts that restore today's autocast."""
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return contextlib.nullcontext
-    dtype = torch.get_autocast_dtype(device)
-    return lambda: torch.autocast(device, dtype=dtype)
-
-
-def _stats(run: Run, evaluations: int) -> Stats:
-    steps = torch.full_like(run.accepted, len(run.mesh.steps))
-    return Stats(
-        steps=steps,
-        evaluations=torch.full_like(steps, evaluations),
-        residual=torch.zeros_like(run.ratio),
-        status=torch.zeros_like(run.status),
-        accepted=steps,
-        rejected=torch.zeros_like(steps),
-    )

@@ -136,18 +136,19 @@ class ExplicitPullback:
             The state (batch, n) after the last step, for comparison with what the forward pass found.
         """
         self._space = space = self._space or Workspace(self.tableau, y)
-        taped: list[list[Record | None]] = []
+        taped: list[tuple[list[Record | None], Carry]] = []
         stages: list[Tensor] = []
         with torch.enable_grad():
             for index in span:
-                records, y = self._record(index, y, carry)
-                taped.append(records)
+                held = carry
+                records, y = self._record(index, y, held)
+                taped.append((records, held))
                 known = self.tableau.fsal or self.mesh.steps[index].dense
                 carry = (space.rows[self.tableau.end].clone(),) if known else ()
                 if self.tape.timed:
                     stages.append(space.buffer.clone())
         for index in reversed(span):
-            self._pull_step(index, taped.pop(), bar, stages.pop() if stages else None)
+            self._pull_step(index, *taped.pop(), bar, stages.pop() if stages else None)
         return y
 
     def _record(self, index: int, y: Tensor, carry: Carry) -> tuple[list[Record | None], Tensor]:
@@ -157,7 +158,7 @@ class ExplicitPullback:
         if taken.replace is not None:
             y = y.index_select(0, taken.replace)
         t, h, c, end, dense = taken.t, taken.h, tableau.c, tableau.end, taken.dense
-        mixed = isinstance(taken.restart, Tensor) and len(carry) > 0
+        mixed = self._mixed(taken, carry)
         first = tape.evaluate(t, y) if mixed or taken.restart is True or not carry else None
         space.start(y)
         space.rows[0].copy_(carry[0] if first is None else first[0].detach())
@@ -176,7 +177,13 @@ class ExplicitPullback:
             records.append(record)
         return records, space.combine(h, end) if solution is None else solution
 
-    def _pull_step(self, index: int, records: list[Record | None], bar: Backward, stages: Tensor | None) -> None:
+    def _mixed(self, taken: Taken, carry: Carry) -> bool:
+        """Whether some samples take over the derivative at the start and others evaluate it."""
+        return len(carry) > 0 and isinstance(taken.restart, Tensor)
+
+    def _pull_step(
+        self, index: int, records: list[Record | None], held: Carry, bar: Backward, stages: Tensor | None
+    ) -> None:
         taken, dense = self.mesh.steps[index], self.bars.of(index)
         space, h, end = self._space, taken.h, self.tableau.end
         assert space is not None
@@ -190,7 +197,7 @@ class ExplicitPullback:
         incoming = bar.carry[0] if bar.carry else None
         if incoming is not None:
             rows[end].add_(incoming)
-        mixed = isinstance(taken.restart, Tensor)
+        mixed = self._mixed(taken, held)
         at_start: Tensor | float = 0.0
         by_length: Tensor | float = 0.0
         for i in range(len(records) - 1, -1, -1):

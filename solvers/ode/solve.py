@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -10,64 +11,109 @@ import torch
 from torch import Tensor
 
 from ..adjoint.shared import CheckpointAdjoint
-from ..options import require
-from ..solution import Solution, Stats
-from ..tree import flatten
+from ..options import require, suggest
+from ..solution import Stats, Status
+from ..transforms import plain
+from ..tree import StateSpec, flatten
 from .adjoint import Adjoint, Outcome, Task
 from .adjoint_checkpoint import CheckpointedTrajectory
 from .control import Controller, PIDController
 from .explicit import Tsit5
-from .interpolation import polynomial
+from .interpolation import Interpolation, polynomial
 from .mesh import take
 from .method import Method, Rhs
 from .problem import Problem, Tolerance
+from .solution import ODESolution, Trouble
 from .times import read_times
 
 T = TypeVar("T")
 
 
-@dataclasses.dataclass
-class ODESolution(Solution[T]):
-    """A trajectory.
-
-    Attributes:
-        value: the state at the output times, which are stacked in front: (T, batch, ...).
-        ts: the output times, (T,) or (batch, T).
-    """
-
-    ts: Tensor = dataclasses.field(kw_only=True)
-    _backward: list[Stats] = dataclasses.field(kw_only=True, repr=False)
-
-
 def solve_ode(
     field: Callable[..., T],
     y0: T,
-    t: Tensor | Sequence[float],
+    t: Tensor | Sequence[float | int],
     args: tuple[Any, ...] = (),
     *,
     solver: Method | None = None,
     controller: Controller | None = None,
     adjoint: Adjoint | CheckpointAdjoint | None = None,
-    rtol: float = 1e-5,
-    atol: float = 1e-7,
+    rtol: float | int = 1e-5,
+    atol: float | int = 1e-7,
     max_steps: int = 10_000,
+    quadrature: Sequence[int | str] = (),
+    dense: bool = False,
     throw: bool | str = True,
 ) -> ODESolution[T]:
-    """Solve dy/dt = field(t, y, *args) from y0 at t[0] to t[-1]."""
+    """Solve dy/dt = field(t, y, *args) from y0 at t[0] through t[-1].
+
+    Args:
+        field: dy/dt, of the structure, shapes and dtypes of y. The time it is given is 0-dim where the batch takes
+            its steps together, and (batch,) with steps per sample, always in the state's real dtype. It must be a
+            function of its arguments and of what it closes over: derivatives with respect to all of these are found.
+        y0: initial state: a tensor or a tuple, list or dict of tensors, real or complex, whose first dimension is the
+            batch.
+        t: output times, strictly monotone in either direction: (T,), or (batch, T) for times of every sample's own,
+            which then takes its own steps; or a sequence of numbers such as (t0, t1).
+        args: further arguments of the field.
+        solver: the integrator; Tsit5() by default. Choose an implicit one for stiff problems, Dopri8() for high
+            accuracy.
+        controller: of the steps; `PIDController()` by default, `ConstantController(dt=...)` for steps of one length,
+            which methods without an error estimate need. Its `per_sample=True` gives every sample its own steps.
+        adjoint: how the solution is differentiated; `CheckpointAdjoint()` by default.
+        rtol, atol: a step's error is kept below atol + rtol |y|, root mean square over the batch, or over each sample
+            with steps of its own.
+        max_steps: a budget of accepted and rejected steps together.
+        quadrature: keys or indices of parts of the state that take no part in step control, such as integrals along
+            the solution.
+        dense: keep the dense output of every step: `solution.interpolation` then evaluates the solution at any time.
+        throw: True raises where a sample failed, "warn" warns, False leaves it to `solution.stats.status`.
+
+    Returns:
+        The solution. Its `value` has the output times stacked in front: (T, batch, ...) per tensor.
+
+    Raises:
+        SolverError: a sample failed and `throw` is True; the message names t, the step and the worst component.
+        StateError: y0 is no state, or the field returns something else than a state like y.
+        TimeError: times that are not finite, not strictly monotone, or of the wrong shape, dtype or device.
+        ValueError: tolerances that are negative, both zero, or finer than the state's dtype resolves; a method without
+            error estimate and no ConstantController; an unknown quadrature.
+        TypeError: an unknown option, or a solver, controller or adjoint that is none.
+    """
     solver = Tsit5() if solver is None else solver
     controller = PIDController() if controller is None else controller
-    adjoint = CheckpointAdjoint() if adjoint is None else adjoint
     require(solver, Method, "solver")
     require(controller, Controller, "controller")
+    way = resolve_adjoint(CheckpointAdjoint() if adjoint is None else adjoint)
     matrix, spec = flatten(y0, "y0", allow_complex=True)
-    times = read_times(t, len(matrix), matrix.device, spec.dtype)
-    rhs = Rhs(field, args, spec, len(matrix))
-    problem = Problem(rhs, matrix, times, solver, controller, Tolerance(rtol, atol), max_steps)
-    backward: list[Stats] = []
-    task = Task(problem, backward)
-    way = CheckpointedTrajectory(adjoint) if isinstance(adjoint, CheckpointAdjoint) else adjoint
-    outcome = way.solve(task)
-    run = outcome.run
+    _check_knobs(solver, controller, rtol, atol, max_steps, args)
+    if controller.adaptive:
+        _check_resolution(matrix, rtol, atol)
+    problem = Problem(
+        rhs=Rhs(field, args, spec, len(matrix)),
+        y0=matrix,
+        times=read_times(t, len(matrix), matrix.device),
+        method=solver,
+        controller=controller,
+        tolerance=Tolerance(float(rtol), float(atol), controlled_columns(spec, quadrature)),
+        max_steps=max_steps,
+        dense=dense,
+    )
+    return finish(problem, way, throw)
+
+
+def finish(problem: Problem, adjoint: Adjoint, throw: bool | str) -> ODESolution[Any]:
+    """Solve a problem that has been checked."""
+    seen: list[weakref.ref[ODESolution]] = []
+
+    def report(stats: Stats) -> None:
+        solution = seen[0]() if seen else None
+        if solution is not None:
+            solution.adjoint_stats = stats
+
+    task = Task(problem, report)
+    outcome = adjoint.solve(task)
+    run, spec = outcome.run, problem.rhs.spec
     stats = Stats(
         steps=run.accepted + run.rejected,
         evaluations=run.evaluations,
@@ -76,27 +122,125 @@ def solve_ode(
         accepted=run.accepted,
         rejected=run.rejected,
     )
-    solution = ODESolution(spec.unflatten(_outputs(task, outcome)), stats, ts=times.given, _backward=backward)
+    solution: ODESolution[Any] = ODESolution(
+        spec.unflatten(_outputs(task, outcome)),
+        stats,
+        ts=problem.times.given,
+        reached=run.reached,
+        interpolation=_interpolation(task, outcome) if problem.dense else None,
+        _trouble=Trouble(spec, run.step, run.component),
+    )
+    seen.append(weakref.ref(solution))
     solution.check(throw, "solve_ode")
     return solution
+
+
+def resolve_adjoint(adjoint: Adjoint | CheckpointAdjoint) -> Adjoint:
+    """The way in which `adjoint` differentiates a trajectory.
+
+    Raises:
+        TypeError: it does not.
+    """
+    if isinstance(adjoint, CheckpointAdjoint):
+        return CheckpointedTrajectory(adjoint)
+    require(adjoint, Adjoint, "adjoint")
+    return adjoint
+
+
+def controlled_columns(spec: StateSpec, quadrature: Sequence[int | str]) -> Tensor | None:
+    """The matrix's columns outside of the state's parts named in `quadrature`; None for all.
+
+    Raises:
+        ValueError: a name that the state does not have, or no part left to control.
+    """
+    if not quadrature:
+        return None
+    roots = {leaf.path.split("]")[0] + "]" for leaf in spec.leaves}
+    names = {f"[{key!r}]" for key in quadrature}
+    unknown = sorted(names - roots)
+    if unknown:
+        hint = suggest(unknown[0], sorted(roots))
+        raise ValueError(
+            f"quadrature: the state has no part {unknown[0]}.{hint} Its parts: {', '.join(sorted(roots))}."
+        )
+    keep: list[int] = []
+    column = 0
+    for leaf in spec.leaves:
+        if leaf.path.split("]")[0] + "]" not in names:
+            keep += range(column, column + leaf.size)
+        column += leaf.size
+    if not keep:
+        raise ValueError("quadrature: some part of the state must be left for step control.")
+    return torch.tensor(keep, device=spec.device)
+
+
+def _check_knobs(
+    solver: Method, controller: Controller, rtol: float, atol: float, max_steps: int, args: object
+) -> None:
+    if not (0 <= rtol < math.inf and 0 <= atol < math.inf and rtol + atol > 0):
+        raise ValueError(f"rtol and atol must not be negative, nor both zero; got rtol={rtol}, atol={atol}.")
+    if max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1; got {max_steps}.")
+    if not isinstance(args, tuple):
+        raise TypeError(f"args must be a tuple of the field's further arguments; got {type(args).__name__}.")
+    if controller.adaptive and solver.error_order is None:
+        raise ValueError(
+            f"{type(solver).__name__} has no error estimate to control steps by: give "
+            f"controller=ConstantController(dt=...), or choose an adaptive solver."
+        )
+
+
+def _check_resolution(y0: Tensor, rtol: float, atol: float) -> None:
+    """Refuse tolerances that rounding alone exceeds."""
+    eps = torch.finfo(y0.dtype).eps
+    if rtol >= eps:
+        return
+    values = plain(y0.detach()).abs()
+    size = float(values[values.isfinite()].max()) if bool(values.isfinite().any()) else 0.0
+    if atol + rtol * size < eps * size:
+        raise ValueError(
+            f"rtol={rtol:g} and atol={atol:g} ask for more than {y0.dtype} resolves, {eps:.2g} of |y| = {size:.3g}: "
+            f"loosen them or compute in float64."
+        )
 
 
 def _outputs(task: Task, outcome: Outcome) -> Tensor:
     """The matrices at all output times (T, batch, n)."""
     problem, run = task.problem, outcome.run
     inside: list[Tensor] = []
-    if problem.times.count > 2 and outcome.dense is not None:
-        picks, places = run.mesh.picks, run.places
-        if isinstance(picks, Tensor):
-            steps = picks.gather(0, places)
-            coefficients = take(outcome.dense, places) if problem.dense else outcome.dense
+    if problem.times.count > 2:
+        if outcome.dense is None:
+            inside = [torch.full_like(outcome.y, math.nan).expand(problem.times.count - 2, -1, -1)]
         else:
-            steps = torch.tensor(picks, device=places.device)[places]
-            coefficients = outcome.dense[places]
-        t, h = run.mesh.all_times(steps, task.start, task.end)
-        given = problem.times.given.double()
-        inner = given[1:-1] if given.ndim == 1 else given[:, 1:-1].T
-        inner = inner.unsqueeze(-1) if inner.ndim < t.ndim else inner
-        theta = (inner - t) / h
-        inside = [polynomial(coefficients, theta)]
-    return torch.cat([problem.y0.unsqueeze(0), *inside, outcome.y.unsqueeze(0)])
+            inside = [_between(task, outcome, outcome.dense)]
+    value = torch.cat([problem.y0.unsqueeze(0), *inside, outcome.y.unsqueeze(0)])
+    if bool((run.status == Status.CONVERGED).all()):
+        return value
+    times = problem.times.values.T if problem.times.per_sample else problem.times.values.unsqueeze(1)
+    missing = (times - run.reached) * (times[-1] - times[0]).sign() > 0
+    return torch.where(missing.unsqueeze(-1), math.nan, value)
+
+
+def _between(task: Task, outcome: Outcome, dense: Tensor) -> Tensor:
+    """The matrices at the inner output times."""
+    mesh, places = outcome.run.mesh, outcome.run.places
+    if isinstance(mesh.picks, Tensor):
+        steps = mesh.picks.gather(0, places)
+        coefficients = take(dense, places) if task.problem.dense else dense
+    else:
+        steps = torch.tensor(mesh.picks, device=places.device)[places]
+        coefficients = dense[places]
+    t, h = mesh.all_times(steps, task.start, task.end)
+    given = task.problem.times.given.double()
+    inner = given[1:-1] if given.ndim == 1 else given[:, 1:-1].T
+    inner = inner.unsqueeze(-1) if inner.ndim < t.ndim else inner
+    return polynomial(coefficients, (inner - t) / torch.where(h == 0, 1.0, h))
+
+
+def _interpolation(task: Task, outcome: Outcome) -> Interpolation | None:
+    problem, run = task.problem, outcome.run
+    if outcome.dense is None:
+        return None
+    batch = len(problem.y0)
+    span = problem.times.values[..., 0].expand(batch), problem.times.values[..., -1].expand(batch)
+    return Interpolation(problem.rhs.spec, run.mesh, outcome.dense, span, run.reached, (task.start, task.end))

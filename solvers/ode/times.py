@@ -40,7 +40,7 @@ class Times:
         return self.values.shape[-1]
 
 
-def read_times(t: Tensor | Sequence[float], batch: int, device: torch.device, dtype: torch.dtype) -> Times:
+def read_times(t: object, batch: int, device: torch.device) -> Times:
     """Check `t`, a tensor (T,) or (batch, T) or a sequence of numbers such as (t0, t1).
 
     Raises:

@@ -1,0 +1,108 @@
+"""States as torchdiffeq has them, a tensor or a tuple of tensors without a batch, as one row, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...transforms import plain
+
+Norm = Callable[[Any], Any]
+State = Tensor | tuple[Tensor, ...]
+
+
+class Layout:
+    """How a state lies in a real row (1, n).
+
+    Attributes:
+        shapes: of the tensors.
+        single: whether the state is a tensor and no tuple.
+        dtype: of all tensors together, real or complex.
+        real: the row's dtype.
+        device: the row's device.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.single = isinstance(state, Tensor)
+        tensors = (state,) if isinstance(state, Tensor) else state
+        self.shapes = tuple(tensor.shape for tensor in tensors)
+        self.dtype = tensors[0].dtype
+        for tensor in tensors[1:]:
+            self.dtype = torch.promote_types(self.dtype, tensor.dtype)
+        self.real, self.device = self.dtype.to_real(), tensors[0].device
+        self.sizes = [shape.numel() for shape in self.shapes]
+        self.starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
+        self._whole = self.shapes[0]
+
+    def pack(self, state: Any) -> Tensor:
+        """The row of a state, or of a derivative, which may broadcast to the state's shape."""
+        if not self.single:
+            return self.join([tensor.reshape(-1) for tensor in state])
+        if state.shape != self._whole:
+            state = state.expand(self._whole)
+        if state.dtype is self.real:
+            row: Tensor = state.reshape(1, -1)
+            return row
+        return self.join([state.reshape(-1)])
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """The row of flat parts."""
+        flat = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(self.dtype)
+        return (torch.view_as_real(flat) if flat.is_complex() else flat).reshape(1, -1)
+
+    def elements(self, rows: Tensor) -> Tensor:
+        """Rows (..., n), complex where the state is."""
+        if not self.dtype.is_complex:
+            return rows
+        return torch.view_as_complex(rows.reshape(*rows.shape[:-1], -1, 2))
+
+    def unpack(self, row: Tensor) -> State:
+        """The state of a row (1, n)."""
+        return row.view(self._whole) if self.dtype is self.real and self.single else self.split(self.elements(row)[0])
+
+    def split(self, elements: Tensor) -> State:
+        """The state of `elements` (..., entries); dimensions in front are kept, as those of output times."""
+        lead = elements.shape[:-1]
+        if self.single:
+            return elements.reshape(lead + self._whole)
+        return tuple(
+            elements.narrow(-1, start, size).reshape(lead + shape)
+            for start, size, shape in zip(self.starts, self.sizes, self.shapes)
+        )
+
+
+class ErrorNorm:
+    """How large an error is in units of the tolerance atol + rtol |y|.
+
+    The norm is the root mean square; over a tuple the largest one of its tensors; or one that the caller gave.
+    """
+
+    def __init__(self, layout: Layout, rtol: Any, atol: Any, norm: Norm | None) -> None:
+        """`rtol` and `atol` are numbers, or rows (1, entries)."""
+        self.layout, self.rtol, self.atol, self.norm = layout, rtol, atol, norm
+        self._weights = [1 / math.sqrt(max(size, 1)) for size in layout.sizes]
+
+    def size(self, row: Tensor) -> Tensor:
+        """Magnitudes of a row's entries."""
+        return self.layout.elements(row).abs()
+
+    def ratio(self, error: Tensor, size: Tensor) -> float:
+        """Of a row `error` at magnitudes `size`; one synchronisation."""
+        scaled = self.layout.elements(error) / (size * self.rtol + self.atol)
+        if self.norm is not None:
+            return _number(self.norm(self.layout.split(scaled[0])))
+        if self.layout.single:
+            return _number(torch.linalg.vector_norm(scaled)) * self._weights[0]
+        norms = [torch.linalg.vector_norm(part) for part in scaled[0].split(self.layout.sizes)]
+        return max(map(math.prod, zip(torch.stack(norms).tolist(), self._weights)))
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, Tensor):
+        return abs(float(value))
+    value = plain(value).abs()
+    return float(value.max() if value.ndim else value)
