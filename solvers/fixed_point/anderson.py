@@ -196,6 +196,6 @@ class Anderson(FixedPointSolver):
 
 def _solve(matrix: Tensor, right: Tensor, scale: Tensor) -> Tensor:
     """Coefficients that sum to one, from those of the residuals scaled to length one."""
-    y, info = torch.linalg.solve_ex(matrix, right.unsqueeze(2))
-    y = torch.where(info.unsqueeze(1) == 0, y.squeeze(2) * scale, float("nan"))
+    # A singular system yields infinities or NaN, which the caller looks for.
+    y = torch.linalg.solve_ex(matrix, right.unsqueeze(2))[0].squeeze(2) * scale
     return y / y.sum(dim=1, keepdim=True)
