@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import checkpoint
 
 from ..fixed_point.driver import Carry, advance, settle, start
+from ..fixed_point.ring import Ring
 from ..options import options
 from ..transforms import inside_reverse, no_derivatives
 from .base import Adjoint, Task, healthy_rows, wants_derivatives
@@ -94,19 +95,14 @@ def _halve(task: Task, carry: Carry, end: int) -> Carry:
 def _replayed(run: Callable[[Task, Carry, int], Carry], task: Task, carry: Carry, end: int) -> Carry:
     """run(task, carry, end), recomputed in the backward pass.
 
-    The carry's tensors are handed over one by one. What else a checkpoint is given it holds until the end, also inside
-    another checkpoint, which is there to drop it.
+    The carry's tensors are handed over one by one: whatever else a checkpoint is given it holds until the end, also
+    inside another checkpoint, which is there to drop it.
     """
     tensors: list[Tensor] = []
-
-    def take(tensor: Tensor) -> _Place:
-        tensors.append(tensor)
-        return _Place(len(tensors) - 1)
-
-    form = _map_parts(Tensor, take, carry)
+    form = _dissolve(carry, tensors)
 
     def resume(*given: Tensor) -> Carry:
-        return run(task, _map_parts(_Place, lambda place: given[place.index], form), end)
+        return run(task, _assemble(form, given), end)
 
     replayed: Carry = checkpoint.checkpoint(resume, *tensors, use_reentrant=False, determinism_check="default")
     return replayed
@@ -114,18 +110,39 @@ def _replayed(run: Callable[[Task, Carry, int], Carry], task: Task, carry: Carry
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where a carry without its tensors lacks one."""
+    """Where a tensor was."""
 
     index: int
 
 
-def _map_parts(kind: type, change: Callable[[Any], Any], whole: Any) -> Any:
-    """`whole` with every part of that kind changed, through dataclasses and tuples."""
-    if isinstance(whole, kind):
-        return change(whole)
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What an object with rows, such as a carry or a method's memory, consisted of."""
+
+    kind: type
+    attributes: dict[str, Any]
+
+
+def _dissolve(whole: Any, tensors: list[Tensor]) -> Any:
+    """`whole` without its tensors, which are appended to `tensors`."""
+    if isinstance(whole, Tensor):
+        tensors.append(whole)
+        return _Place(len(tensors) - 1)
     if isinstance(whole, tuple):
-        return tuple(_map_parts(kind, change, part) for part in whole)
-    if dataclasses.is_dataclass(whole) and not isinstance(whole, type):
-        parts = {f.name: _map_parts(kind, change, getattr(whole, f.name)) for f in dataclasses.fields(whole)}
-        return dataclasses.replace(whole, **parts)
+        return tuple(_dissolve(part, tensors) for part in whole)
+    if hasattr(whole, "select") and hasattr(whole, "__dict__"):
+        return _Parts(type(whole), {name: _dissolve(part, tensors) for name, part in vars(whole).items()})
     return whole
+
+
+def _assemble(form: Any, tensors: tuple[Tensor, ...]) -> Any:
+    """What `_dissolve` made `form` of, with other tensors."""
+    if isinstance(form, _Place):
+        return tensors[form.index]
+    if isinstance(form, tuple):
+        return tuple(_assemble(part, tensors) for part in form)
+    if isinstance(form, _Parts):
+        whole = object.__new__(form.kind)
+        vars(whole).update({name: _assemble(part, tensors) for name, part in form.attributes.items()})
+        return whole
+    return form
