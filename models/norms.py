@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -98,13 +98,36 @@ def holding(weights: Weights) -> Iterator[None]:
                 source.forward = forward
 
 
-def unnormalised(cell: nn.Module, names: list[str]) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A picklable copy of a `normalise`d cell, and the tensors that `renormalise` needs to restore it."""
+def unnormalised(cell: nn.Module, names: list[str]) -> tuple[nn.Module, dict[str, Tensor], dict[str, bool]]:
+    """A `normalise`d cell in a form that can be pickled, for torch refuses parametrised modules.
+
+    Returns:
+        The cell with plain weights, sharing every other tensor; what `renormalise` needs to restore it: the tensors
+        of the parametrizations, and which parameters require a gradient.
+    """
     tensors = {key: value.detach() for key, value in cell.state_dict().items() if ".parametrizations." in f".{key}"}
-    bare = copy.deepcopy(cell)
-    for name in names:
-        parametrize.remove_parametrizations(bare.get_submodule(name), "weight", leave_parametrized=True)
-    return bare, tensors
+    flags = {name: parameter.requires_grad for name, parameter in cell.named_parameters()}
+    return _bare(cell, {cell.get_submodule(name) for name in names}, {}), tensors, flags
+
+
+def _bare(module: nn.Module, normalised: set[nn.Module], done: dict[nn.Module, nn.Module]) -> nn.Module:
+    if module in done:
+        return done[module]
+    # The class that torch puts in place of a parametrised module's own is derived from it. It must not be touched:
+    # remove_parametrizations would take the weight from every copy of the module, since copies share that class.
+    kind: type[nn.Module] = type(module).__bases__[0] if module in normalised else type(module)
+    bare = kind.__new__(kind)
+    done[module] = bare
+    bare.__dict__.update(module.__dict__)
+    bare._modules = {key: m and _bare(m, normalised, done) for key, m in module._modules.items()}
+    if module in normalised:
+        del bare._modules["parametrizations"]
+        bare._parameters = {**module._parameters, "weight": nn.Parameter(getattr(module, "weight").detach())}  # noqa: B009
+        # weight_norm's hook for old state dicts is a local function, and is registered anew with the normalisation.
+        hooks = module._load_state_dict_pre_hooks
+        own = {key: hook for key, hook in hooks.items() if "<locals>" not in getattr(hook, "hook", hook).__qualname__}
+        bare._load_state_dict_pre_hooks = OrderedDict(own)
+    return bare
 
 
 def renormalise(

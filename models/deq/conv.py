@@ -1,4 +1,4 @@
-"""A small convolutional equilibrium classifier: stem, one residual block iterated to its rest point, linear head."""
+"""A small convolutional equilibrium classifier: stem, one block iterated to its rest point, linear head."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
 
 
-class ResidualCell(nn.Module):
-    """A residual block with the input injected before its second normalisation, after MDEQ's branch block.
+class BranchCell(nn.Module):
+    """A block of two convolutions with the input injected before its second normalisation: MDEQ's branch block.
 
     f(z, x) = norm3(act(s z + norm2(conv2(drop(act(norm1(conv1 z)))) + x)))
 
     Its last layer is a group normalisation, so every image f(z, x) lies in one ball and by Brouwer's theorem a rest
-    point exists; that it is unique and found quickly is what training with a Jacobian penalty is for.
+    point exists; that it is unique and found quickly is what training with a penalty on the Jacobian is for.
 
     Args:
         channels: of the state and of the injection.
         groups: of the group normalisations.
         expansion: the hidden channels are `expansion * channels`.
-        skip: the weight s of the skip connection; 1 in MDEQ.
+        skip: the weight s of the skip connection: 1 in MDEQ. A rest point has no long path that it would shorten, and
+            without it the Jacobian is smaller and the rest point found sooner.
         gain: initial scale of norm2; above 1 the block outweighs the skip connection, and the start is contractive.
         dropout: probability with which whole hidden channels are dropped, one mask a solve.
         activation: "relu" as in MDEQ, or a smooth one, with which the rest point is a differentiable function
@@ -67,7 +68,7 @@ class ResidualCell(nn.Module):
 
 
 class ConvDEQ(nn.Module):
-    """Image classifier whose features are the rest point of one residual block.
+    """Image classifier whose features are the rest point of one block.
 
     The stem brings the image to the state's resolution and makes the injection x; the features are z = f(z, x), found
     from z = 0; the head is average pooling and one linear layer.
@@ -78,7 +79,7 @@ class ConvDEQ(nn.Module):
         channels: of the state.
         stem_channels: output channels of the stem's first convolutions.
         stem_strides: their strides; one more convolution of stride 1 makes the injection.
-        groups, expansion, skip, gain, dropout, activation: of the `ResidualCell`.
+        groups, expansion, skip, gain, dropout, activation: of the `BranchCell`.
         solver, adjoint, rtol, atol, max_steps, norm, supervise: of the `DEQ`.
 
     Attributes:
@@ -99,7 +100,7 @@ class ConvDEQ(nn.Module):
         stem_strides: tuple[int, ...] = (2, 2),
         groups: int = 8,
         expansion: int = 1,
-        skip: float = 1.0,
+        skip: float = 0.0,
         gain: float = 2.0,
         dropout: float = 0.0,
         activation: str = "silu",
@@ -125,11 +126,11 @@ class ConvDEQ(nn.Module):
             nn.Sequential(_conv(a, b, stride), nn.GroupNorm(groups, b), act())
             for a, b, stride in zip(widths, widths[1:], stem_strides, strict=False)
         ]
-        injection = nn.Sequential(_conv(widths[-1], channels), nn.GroupNorm(groups, channels))
-        nn.init.constant_(injection[1].weight, gain)
-        self.stem = nn.Sequential(*layers, injection)
+        norm_x = nn.GroupNorm(groups, channels)
+        nn.init.constant_(norm_x.weight, gain)
+        self.stem = nn.Sequential(*layers, nn.Sequential(_conv(widths[-1], channels), norm_x))
         self.deq = DEQ(
-            ResidualCell(channels, groups, expansion, skip, gain, dropout, activation),
+            BranchCell(channels, groups, expansion, skip, gain, dropout, activation),
             solver=solver,
             adjoint=adjoint,
             rtol=rtol,
@@ -159,7 +160,7 @@ class ConvDEQ(nn.Module):
         self, images: Float[Tensor, "batch in_chans height width"]
     ) -> Float[Tensor, "batch channels h w"]:
         """The rest point."""
-        return self.solve(images).value
+        return self.deq(self.stem(images))
 
     def forward_head(self, features: Float[Tensor, "batch channels h w"], pre_logits: bool = False) -> Tensor:
         """Logits (batch, num_classes) of features; with `pre_logits` the pooled features (batch, channels)."""

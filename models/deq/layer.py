@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ...solvers import Anderson, ImplicitAdjoint, Solution, StateError, fixed_point
+from ...solvers import Anderson, ImplicitAdjoint, Solution, StateError, Status, fixed_point
+from ...solvers.diagnose import correction_indices, intermediate_states
 from ...solvers.fixed_point import FixedPointSolver
 from ...solvers.fixed_point.api import AnyAdjoint
+from ...solvers.transforms import any_true
 from .. import norms
 from ..dropout import MaskShape, active_dropouts, inside_solve, recording, replaying
 
@@ -113,9 +115,16 @@ class DEQ(nn.Module):
             z0: where to start, or an earlier Solution to start from; None for what the option `state` says.
 
         Returns:
-            z*, of the structure of z0, differentiable as the adjoint allows.
+            z*, of the structure of z0, differentiable as the adjoint allows. A sample whose solve met a NaN or an
+            infinity is NaN, since no statistics come along to tell; `solve` has both.
         """
-        return self.solve(x, z0).value
+        solution = self.solve(x, z0)
+        broken = solution.stats.status == Status.NON_FINITE
+        if not any_true(broken):
+            return solution.value
+        return pytree.tree_map(
+            lambda z: torch.where(broken.view(-1, *[1] * (z.ndim - 1)), float("nan"), z), solution.value
+        )
 
     def solve(self, x: Any, z0: State | Solution[Any] | None = None) -> Solution[Any]:
         """The rest point with its statistics; arguments as of `forward`.
@@ -157,9 +166,9 @@ class DEQ(nn.Module):
             trajectory=self.supervise > 0,
         )
         if self.supervise > 0:
-            states = _intermediate(solution, self.supervise)
-            stepped = [problem.f(pytree.tree_map(torch.Tensor.detach, z), *problem.args) for z in states]
-            solution.trajectory = pytree.tree_map(lambda *leaves: torch.stack(leaves), *stepped)
+            indices = correction_indices(solution.stats.steps, self.supervise)
+            states = intermediate_states(problem.f, solution.trajectory, problem.args, indices=indices)
+            solution.trajectory = pytree.tree_map(lambda *leaves: torch.stack(leaves), *states)
         return solution
 
     def problem(self, x: Any, z0: State | Solution[Any] | None = None) -> Problem:
@@ -248,10 +257,9 @@ class DEQ(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         if self._normalised:
-            bare, tensors = norms.unnormalised(self.cell, self._normalised)  # type: ignore[arg-type]
-            flags = {name: p.requires_grad for name, p in self.cell.named_parameters()}  # type: ignore[union-attr]
+            bare, *parametrization = norms.unnormalised(self.cell, self._normalised)  # type: ignore[arg-type]
             state["_modules"] = {**state["_modules"], "cell": bare}
-            state["_parametrization"] = (tensors, flags)
+            state["_parametrization"] = parametrization
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -271,11 +279,3 @@ def _refuse_unsteady(cell: nn.Module) -> None:
                 f"{where} couples the samples of a batch and is another map in train() than in eval(), so that the "
                 "two have different rest points; use GroupNorm or LayerNorm."
             )
-
-
-def _intermediate(solution: Solution[Any], count: int) -> list[State]:
-    """`count` states of the trajectory, at fractions 1/(count+1), ..., count/(count+1) of each sample's own steps."""
-    steps = solution.stats.steps
-    rows = torch.arange(len(steps), device=steps.device)
-    picked = [(steps * (k + 1)) // (count + 1) for k in range(count)]
-    return [pytree.tree_map(lambda t, at=at: t[at, rows], solution.trajectory) for at in picked]

@@ -1,0 +1,102 @@
+"""Recipes, overrides, and what the command says to a misspelt key."""
+
+import pytest
+import yaml
+
+from restpoint.train.cli import RECIPES, UsageError, command_line, main, parse
+from restpoint.train.config import Config
+from restpoint.train.data import Affine
+from restpoint.train.tasks import ImageClassification
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid_and_named_after_its_model(recipe):
+    config = parse([f"--config={recipe}"])
+    assert isinstance(config, Config)
+    assert config.name.replace(".", "_") == recipe.stem
+    assert config.name.partition(".")[0] == config.model.name
+
+
+def test_defaults_recipe_and_overrides(tmp_path):
+    assert parse([]) == Config()
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                "name": "a.b",
+                "model": {"name": "a", "arguments": {"solver": {"$class": "Anderson", "memory": 4}, "widths": [1, 2]}},
+                "data": {"augment": {"rotate": 5}},
+                "task": {"class_path": "ImageClassification", "init_args": {"label_smoothing": 0.1}},
+            }
+        )
+    )
+    config = parse(
+        ["--config", str(recipe), "--optimizer.lr=0.5", "--task.growth_weight", "2", "--data.augment.shift", "1.5",
+         "--model.arguments.width", "3"]
+    )  # fmt: skip
+    assert config.optimizer.lr == 0.5
+    assert config.task == ImageClassification(label_smoothing=0.1, growth_weight=2.0)
+    assert config.data.augment == Affine(rotate=5.0, shift=1.5)
+    assert config.model.arguments == {"solver": {"$class": "Anderson", "memory": 4}, "widths": [1, 2], "width": 3}
+
+
+@pytest.mark.parametrize(
+    "arguments, meant",
+    [
+        (["--epoch", "3"], "epochs"),
+        (["--optimizer.weightdecay", "3"], "weight_decay"),
+        (["--data.batchsize", "3"], "batch_size"),
+        (["--task.label_smothing", "3"], "label_smoothing"),
+        ("epoch: 3", "epochs"),
+        ("model: {nam: x}", "name"),
+        ("task: {class_path: ImageClassification, init_args: {growth_wait: 1}}", "growth_weight"),
+    ],
+)
+def test_unknown_keys_get_a_suggestion(arguments, meant, tmp_path):
+    if isinstance(arguments, str):
+        (tmp_path / "r.yaml").write_text(arguments)
+        arguments = ["--config", str(tmp_path / "r.yaml")]
+    with pytest.raises(UsageError, match=f"Did you mean '{meant}'"):
+        parse(arguments)
+
+
+def test_values_of_another_type_are_refused():
+    with pytest.raises(UsageError, match="epochs"):
+        parse(["--epochs", "many"])
+
+
+def test_the_command_prints_its_configuration_and_finds_its_recipes(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--config", "conv_deq_tiny_digits.yaml", "--data.batch-size", "7", "--print-config"])
+    assert stop.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["data"]["batch_size"] == 7
+    assert printed["name"] == "conv_deq_tiny.digits"
+    with pytest.raises(SystemExit, match="Did you mean 'conv_deq_tiny_digits.yaml'"):
+        main(["--config", "conv_deq_tiny_digit.yaml"])
+    assert main(["--epoch", "3"]) == 2
+    assert "Did you mean 'epochs'" in capsys.readouterr().err
+
+
+def test_help_has_an_example(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "example: restpoint-train --config" in capsys.readouterr().out
+
+
+def test_the_command_on_a_card_names_no_place_of_this_machine():
+    line = command_line(
+        [
+            "--config",
+            "/home/me/train/recipes/r.yaml",
+            "--data_dir",
+            "/home/me/data",
+            "--output=/home/me/runs",
+            "--seed",
+            "1",
+        ]
+    )
+    assert line == "restpoint-train --config r.yaml --data-dir DATA_DIR --seed 1"
+    assert command_line(["--config=/x/r.yaml", "--data_dir=/y", "--output", "/z"]) == (
+        "restpoint-train --config=r.yaml --data-dir DATA_DIR"
+    )

@@ -1,0 +1,113 @@
+"""A training run as data: what a recipe holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from .data import Affine
+from .tasks import ImageClassification, Task
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """Which model.
+
+    Attributes:
+        name: an architecture, or with a tag and `pretrained` a model of the zoo to start from.
+        arguments: of its builder. A solver is written {$class: Anderson, memory: 4}.
+        training: arguments that hold in training only, such as a cheaper adjoint; evaluation and export leave them out.
+        pretrained: start from the zoo's weights.
+    """
+
+    name: str = "conv_deq_tiny"
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    pretrained: bool = False
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Which data, and how they are fed.
+
+    Attributes:
+        name: a data set of `restpoint.train.data`.
+        validation: the last so many images of the training set are set aside and evaluated instead of the test set.
+        batch_size: images a training step.
+        eval_batch_size: images a batch of evaluation.
+        augment: random affine changes of the training images, or None.
+    """
+
+    name: str = "digits"
+    validation: int = 0
+    batch_size: int = 128
+    eval_batch_size: int = 500
+    augment: Affine | None = None
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """How the weights move.
+
+    Attributes:
+        name: of timm's optimisers.
+        lr: the largest learning rate.
+        weight_decay: not applied to biases and normalisations.
+        clip: largest norm of the gradient, or None.
+        clip_mode: "norm", "value" or "agc", as in timm.
+        schedule: of timm's schedules.
+        warmup_epochs: epochs over which the learning rate rises from nearly zero.
+        min_lr: where the schedule ends.
+        arguments: further ones of the optimiser.
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    clip_mode: str = "norm"
+    schedule: str = "cosine"
+    warmup_epochs: float = 0.0
+    min_lr: float = 0.0
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Config:
+    """One training run.
+
+    Attributes:
+        name: of the resulting model, architecture.tag; the files of the export are called so.
+        model: which model.
+        data: which data.
+        optimizer: how the weights move.
+        task: what for.
+        epochs: passes over the training set.
+        seed: of the weights, the order, the augmentation and the dropout.
+        ema: decay of the averaged weights that are evaluated and exported; None exports the last ones.
+        threads: of torch on the CPU; results are repeatable for equal numbers. None leaves torch's choice.
+        device: "cpu", "cuda" or "cuda:1".
+        log_every: steps between two lines of the log and points of the curves.
+        evaluate_every: epochs between two evaluations; the last epoch is always evaluated.
+        patience: stop after so many steps in a row with a loss that is not finite.
+        data_dir: the folder that holds the data.
+        output: the run's folder; None for runs/NAME.
+        resume: go on from the checkpoint in the run's folder.
+    """
+
+    name: str = "conv_deq_tiny.digits"
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    task: Task = dataclasses.field(default_factory=ImageClassification)
+    epochs: int = 10
+    seed: int = 0
+    ema: float | None = None
+    threads: int | None = None
+    device: str = "cpu"
+    log_every: int = 50
+    evaluate_every: int = 1
+    patience: int = 20
+    data_dir: str | None = None
+    output: str | None = None
+    resume: bool = False

@@ -1,0 +1,20 @@
+"""Data sets, augmentation, and batches whose order is a function of the seed."""
+
+from .augment import Affine
+from .batches import Batches
+from .digits import digits
+from .mnist import mnist
+from .source import DATASETS, DataError, ImageSet, Source, load_data, register_data
+
+__all__ = [
+    "DATASETS",
+    "Affine",
+    "Batches",
+    "DataError",
+    "ImageSet",
+    "Source",
+    "digits",
+    "load_data",
+    "mnist",
+    "register_data",
+]

@@ -1,0 +1,101 @@
+"""What a data set is, and the data sets by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from ...solvers.options import suggest
+from ...zoo.cards import ImageInput
+
+
+class DataError(ValueError):
+    """Data that are missing, of another layout, or damaged; the message names the place and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """Labelled images in memory.
+
+    Attributes:
+        images: grey or colour values from 0 to `white`.
+        labels: class indices.
+        white: the value that becomes 1.
+    """
+
+    images: UInt8[Tensor, "n channels height width"]
+    labels: Int[Tensor, " n"]
+    white: int = 255
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Tensor | slice) -> ImageSet:
+        """The images at `indices`."""
+        return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices])
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A data set with its fixed split and its papers.
+
+    Attributes:
+        name: by which recipes and cards call it.
+        train: what models are trained on, and validation sets are carved from.
+        test: what metrics are reported on, and nothing is chosen by.
+        classes: the name of each label.
+        mean, std: per channel, of the training images in [0, 1]; inputs are (image - mean) / std.
+        split: the two parts in words.
+        licence: of the data.
+        citation: where the data come from.
+    """
+
+    name: str
+    train: ImageSet
+    test: ImageSet
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    split: str
+    licence: str
+    citation: str
+
+    @property
+    def model_arguments(self) -> dict[str, int]:
+        """What the data say about a model: its classes and the image's channels."""
+        return {"num_classes": len(self.classes), "in_chans": self.train.images.shape[1]}
+
+    @property
+    def card_fields(self) -> dict[str, Any]:
+        """What the data say on a card: how an image becomes an input, and what the classes are called."""
+        shape = tuple(self.train.images.shape[1:])
+        return {"input": ImageInput(shape, self.mean, self.std), "labels": self.classes}  # type: ignore[arg-type]
+
+
+DATASETS: dict[str, Callable[[Path | None], Source]] = {}
+
+
+def register_data(load: Callable[[Path | None], Source]) -> Callable[[Path | None], Source]:
+    """Register a function from a data folder, or None, to a `Source` under its own name."""
+    DATASETS[load.__name__] = load
+    return load
+
+
+def load_data(name: str, data_dir: str | Path | None = None) -> Source:
+    """A data set by name.
+
+    Args:
+        name: a key of `DATASETS`.
+        data_dir: the folder that holds it, in the layout of its usual loader; None where none is needed.
+
+    Raises:
+        DataError: the name is unknown, or the folder does not hold the data.
+    """
+    if name not in DATASETS:
+        raise DataError(f"There is no data set {name!r}.{suggest(name, list(DATASETS))} Known: {', '.join(DATASETS)}.")
+    return DATASETS[name](None if data_dir is None else Path(data_dir))

@@ -1,0 +1,116 @@
+"""Image classification."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...solvers import Solution
+from ...solvers.options import options
+from ..data.batches import Batch
+from ..regularise import growth_penalty
+from .task import Outcome, Task
+
+
+@options
+class ImageClassification(Task):
+    """Cross-entropy, and for equilibrium models what keeps them well-posed.
+
+    A model that offers `problem`, `solve_problem` and `forward_head` is trained as an equilibrium model: its solves
+    are reported, and the penalties below apply. Of any other only the logits are used.
+
+    Attributes:
+        label_smoothing: share of the target that is spread over all classes.
+        growth_weight: weight of the penalty on the Jacobian's growth; 0 for none.
+        growth_limit: growth a step, below which nothing is penalised.
+        growth_powers: products with the transposed Jacobian before the growth is measured.
+        growth_every: the penalty is applied at every so many steps, with so many times its weight.
+        correction: weight of the cross-entropy of each intermediate state that the model's `supervise` returns.
+    """
+
+    label_smoothing: float = 0.0
+    growth_weight: float = 0.0
+    growth_limit: float = 0.3
+    growth_powers: int = 3
+    growth_every: int = 1
+    correction: float = 0.0
+
+    kind = "image-classification"
+    metric = "accuracy"
+
+    def losses(self, model: nn.Module, batch: Batch, step: int) -> Outcome:
+        """Cross-entropy and penalties of a batch."""
+        images, labels = batch
+        if not _is_equilibrium(model):
+            logits = model(images)
+            loss = self._cross_entropy(logits, labels)
+            return Outcome(loss, {"accuracy": _accuracy(logits, labels)})
+        equilibrium: Any = model
+        problem = equilibrium.problem(images)
+        solution = equilibrium.solve_problem(problem)
+        logits = equilibrium.forward_head(solution.value)
+        loss = self._cross_entropy(logits, labels)
+        metrics = {"accuracy": _accuracy(logits, labels), "cross_entropy": float(loss.detach())}
+        if self.correction and solution.trajectory is not None:
+            for state in solution.trajectory:
+                loss = loss + self.correction * self._cross_entropy(equilibrium.forward_head(state), labels)
+        if self.growth_weight and step % self.growth_every == 0:
+            penalty, growth = growth_penalty(problem, solution.value, self.growth_limit, self.growth_powers)
+            loss = loss + self.growth_weight * self.growth_every * penalty
+            metrics["growth"] = growth
+        return Outcome(loss, metrics, [solution])
+
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+        """Accuracy, cross-entropy, and for equilibrium models how the solves went.
+
+        Returns:
+            accuracy and cross_entropy; for equilibrium models also evaluations (mean a sample), evaluations_max,
+            residual_max and converged (the share of samples).
+        """
+        was_training = model.training
+        model.eval()
+        hits = count = 0
+        entropy = 0.0
+        solutions: list[Solution[Any]] = []
+        with torch.no_grad():
+            for images, labels in batches:
+                if _is_equilibrium(model):
+                    solution = model.solve_problem(model.problem(images))  # type: ignore[operator]
+                    logits = model.forward_head(solution.value)  # type: ignore[operator]
+                    solution.value = None
+                    solutions.append(solution)
+                else:
+                    logits = model(images)
+                hits += int((logits.argmax(dim=1) == labels).sum())
+                entropy += float(F.cross_entropy(logits, labels, reduction="sum"))
+                count += len(labels)
+        model.train(was_training)
+        result = {"accuracy": hits / count, "cross_entropy": entropy / count}
+        return {**result, **_solve_statistics(solutions)} if solutions else result
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+
+def _is_equilibrium(model: nn.Module) -> bool:
+    return all(hasattr(model, name) for name in ("problem", "solve_problem", "forward_head"))
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return float((logits.detach().argmax(dim=1) == labels).float().mean())
+
+
+def _solve_statistics(solutions: list[Solution[Any]]) -> dict[str, float]:
+    evaluations = torch.cat([s.stats.evaluations for s in solutions]).double()
+    residual = torch.cat([s.stats.residual for s in solutions])
+    converged = torch.cat([s.converged for s in solutions]).double()
+    return {
+        "evaluations": float(evaluations.mean()),
+        "evaluations_max": float(evaluations.max()),
+        "residual_max": float(residual.max()),
+        "converged": float(converged.mean()),
+    }

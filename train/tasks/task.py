@@ -1,0 +1,47 @@
+"""The small interface between the loop and what is trained."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...solvers import Solution
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What one batch gave.
+
+    Attributes:
+        loss: scalar, to be differentiated.
+        metrics: scalars worth a curve.
+        solutions: the solves on the way; their adjoint_stats fill in when the loss is differentiated.
+    """
+
+    loss: Tensor
+    metrics: dict[str, float]
+    solutions: list[Solution[Any]] = dataclasses.field(default_factory=list)
+
+
+class Task(abc.ABC):
+    """A loss to train by and metrics to report.
+
+    Attributes:
+        kind: the registry's word for the models that the task fits.
+        metric: the key of `evaluate`'s result that counts, larger being better.
+    """
+
+    kind: str
+    metric: str
+
+    @abc.abstractmethod
+    def losses(self, model: nn.Module, batch: Any, step: int) -> Outcome:
+        """The loss of one training batch at optimiser step `step`."""
+
+    @abc.abstractmethod
+    def evaluate(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+        """Metrics over all `batches`, with the model in eval mode and without gradients."""
