@@ -41,8 +41,12 @@ class Task:
 
     def run(self, compact: bool = True) -> Carry:
         """The solve itself, recorded by autograd or not, as the caller's grad mode says."""
-        memory = self.solver.init(self.z0) if self.memory is None else self.memory
-        return iterate(self.problem, self.solver, self.budget, start(self.z0, memory, self.trajectory), compact)
+        return iterate(self.problem, self.solver, self.budget, self.start(), compact)
+
+    def start(self) -> Carry:
+        """The carry before the first evaluation, with a memory that may be written to."""
+        memory = self.solver.init(self.z0) if self.memory is None else self.solver.resume(self.memory)
+        return start(self.z0, memory, self.trajectory)
 
     def rows(self, rows: Tensor) -> Task:
         """The task of some rows."""

@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import checkpoint
 
-from ..fixed_point.driver import Carry, advance, settle, start
-from ..fixed_point.ring import Ring
+from ..fixed_point.driver import Carry, advance, settle
 from ..options import options
 from ..transforms import inside_reverse, no_derivatives
 from .base import Adjoint, Task, healthy_rows, wants_derivatives
@@ -55,8 +54,7 @@ class CheckpointedSteps(Adjoint):
     def _segments(self, task: Task) -> Carry:
         with no_derivatives():
             count = task.run(compact=False).count
-        memory = task.solver.init(task.z0) if task.memory is None else task.memory
-        carry = start(task.z0, memory, task.trajectory)
+        carry = task.start()
         if self.knobs.recursive:
             return settle(_halve(task, carry, count))
         segments = min(self.knobs.segments or math.isqrt(count - 1) + 1, count)

@@ -139,7 +139,7 @@ def _solve(
     problem = Problem(function, tuple(args), spec, root, "residual(x)" if root else "f(z)")
     memory = None
     if warm is not None and isinstance(warm.warm, tuple) and warm.warm[0] == solver and warm.warm[2] == len(matrix):
-        memory = solver.resume(warm.warm[1])
+        memory = warm.warm[1]
     stats = Stats(*[torch.empty(0)] * 4)
     solution: Solution[Any] = Solution(None, stats)
     holder = weakref.ref(solution)

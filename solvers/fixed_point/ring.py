@@ -33,8 +33,10 @@ class Ring:
 
     def put(self, row: Tensor) -> Ring:
         """The ring with `row` (rows, n) in place of the oldest."""
-        if self.buffer is None and (self.rows or not _in_place(row)):
-            rows = (*self.rows[: self.slot], row, *self.rows[self.slot + 1 :])
+        if self.rows or not _in_place(row):
+            # A buffer comes from an earlier solution, and this solve is recorded.
+            rows = self.rows if self.buffer is None else self.buffer[: len(self)].unbind()
+            rows = (*rows[: self.slot], row, *rows[self.slot + 1 :])
             return Ring(self.capacity, None, rows, self.count + 1)
         buffer = row.new_empty(self.capacity, *row.shape) if self.buffer is None else self.buffer
         buffer[self.slot].copy_(row)
@@ -49,7 +51,8 @@ class Ring:
     def combine(self, weights: Tensor) -> Tensor:
         """The sum over slots of weights (rows, len) times what lies there: (rows, n)."""
         if self.buffer is not None:
-            return torch.bmm(weights.to(self.buffer.dtype).unsqueeze(1), self.buffer[: len(self)].transpose(0, 1)).squeeze(1)
+            vectors = self.buffer[: len(self)].transpose(0, 1)
+            return torch.bmm(weights.to(self.buffer.dtype).unsqueeze(1), vectors).squeeze(1)
         columns = weights.to(self.rows[0].dtype).split(1, dim=1)
         total = self.rows[0] * columns[0]
         for row, column in zip(self.rows[1:], columns[1:], strict=True):
