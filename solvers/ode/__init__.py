@@ -18,7 +18,7 @@ How the parts fit:
 from ..adjoint.shared import CheckpointAdjoint, ReversibleAdjoint
 from .adjoint import Adjoint, DirectAdjoint
 from .control import ConstantController, Controller, IController, PIController, PIDController
-from .explicit import RK4, Bosh3, Dopri5, Euler, ExplicitRungeKutta, Heun, Midpoint, Ralston, Tsit5
+from .explicit import RK4, Bosh3, Dopri5, Dopri8, Euler, ExplicitRungeKutta, Heun, Midpoint, Ralston, Tsit5
 from .interpolation import Interpolation
 from .method import Method
 from .solution import ODESolution
@@ -35,6 +35,7 @@ __all__ = [
     "Controller",
     "DirectAdjoint",
     "Dopri5",
+    "Dopri8",
     "Euler",
     "ExplicitRungeKutta",
     "Heun",

@@ -12,6 +12,7 @@ from ..options import options
 from . import tableaus
 from .method import Carry, Method, Rhs, Step, Time, column
 from .tableau import Row, Tableau
+from .tableau_dopri8 import DOPRI8
 
 
 class ExplicitRungeKutta(Method):
@@ -259,3 +260,13 @@ class Tsit5(ExplicitRungeKutta):
     """
 
     tableau = tableaus.TSIT5
+
+
+@options
+class Dopri8(ExplicitRungeKutta):
+    """The pair of Prince and Dormand: order 8(7), 13 evaluations, dense output of order 6. For high accuracy.
+
+    Source: Prince and Dormand 1981, "High order embedded Runge-Kutta formulae".
+    """
+
+    tableau = DOPRI8

@@ -7,7 +7,8 @@ from fractions import Fraction as F
 from .tableau import Row, Tableau
 
 
-def _row(*values: float | int | F) -> Row:
+def row(*values: float | int | F) -> Row:
+    """A row of floats."""
     return tuple(float(v) for v in values)
 
 
@@ -16,19 +17,19 @@ EULER = Tableau(a=((),), b=(1.0,))
 MIDPOINT = Tableau(a=((), (0.5,)), b=(0.0, 1.0))
 
 # Ralston 1962: the second-order method with the smallest bound on its truncation error.
-RALSTON = Tableau(a=((), _row(F(2, 3))), b=(0.25, 0.75))
+RALSTON = Tableau(a=((), row(F(2, 3))), b=(0.25, 0.75))
 
 # Heun's second-order method with Euler's embedded.
 HEUN = Tableau(a=((), (1.0,)), b=(0.5, 0.5), error=(-0.5, 0.5))
 
 # Kutta 1901.
-RK4 = Tableau(a=((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), b=_row(F(1, 6), F(1, 3), F(1, 3), F(1, 6)))
+RK4 = Tableau(a=((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), b=row(F(1, 6), F(1, 3), F(1, 3), F(1, 6)))
 
 # Bogacki and Shampine 1989, "A 3(2) pair of Runge-Kutta formulas".
 BOSH3 = Tableau(
-    a=((), (0.5,), (0.0, 0.75), _row(F(2, 9), F(1, 3), F(4, 9))),
-    b=_row(F(2, 9), F(1, 3), F(4, 9), 0),
-    error=_row(F(2, 9) - F(7, 24), F(1, 3) - F(1, 4), F(4, 9) - F(1, 3), F(-1, 8)),
+    a=((), (0.5,), (0.0, 0.75), row(F(2, 9), F(1, 3), F(4, 9))),
+    b=row(F(2, 9), F(1, 3), F(4, 9), 0),
+    error=row(F(2, 9) - F(7, 24), F(1, 3) - F(1, 4), F(4, 9) - F(1, 3), F(-1, 8)),
 )
 
 
@@ -58,16 +59,16 @@ def _dopri5() -> Tableau:
     return Tableau(
         a=(
             (),
-            _row(F(1, 5)),
-            _row(F(3, 40), F(9, 40)),
-            _row(F(44, 45), F(-56, 15), F(32, 9)),
-            _row(F(19372, 6561), F(-25360, 2187), F(64448, 6561), F(-212, 729)),
-            _row(F(9017, 3168), F(-355, 33), F(46732, 5247), F(49, 176), F(-5103, 18656)),
-            _row(*b[:6]),
+            row(F(1, 5)),
+            row(F(3, 40), F(9, 40)),
+            row(F(44, 45), F(-56, 15), F(32, 9)),
+            row(F(19372, 6561), F(-25360, 2187), F(64448, 6561), F(-212, 729)),
+            row(F(9017, 3168), F(-355, 33), F(46732, 5247), F(49, 176), F(-5103, 18656)),
+            row(*b[:6]),
         ),
-        b=_row(*b),
-        error=_row(*(x - y for x, y in zip(b, embedded))),
-        weights=tuple(_row(*row) for row in powers),
+        b=row(*b),
+        error=row(*(x - y for x, y in zip(b, embedded))),
+        weights=tuple(row(*power) for power in powers),
     )
 
 
