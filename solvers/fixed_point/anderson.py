@@ -154,7 +154,8 @@ class Anderson(FixedPointSolver):
             bad = grown | ~(alpha.detach().abs().amax(dim=1) < MODERATE)
             if not any_true(bad):
                 return alpha, history
-            best = torch.nn.functional.one_hot(size.argmin(dim=1), squares.shape[1]).bool()
+            # torch's one_hot reads its maximum, which vmap of grad does not allow.
+            best = torch.arange(squares.shape[1], device=size.device) == size.argmin(dim=1, keepdim=True)
             bad = bad.unsqueeze(1)
             # Type I needs consecutive iterates, so it cannot keep an older one on its own.
             kept = best if self.kind == "II" else torch.zeros_like(best)
