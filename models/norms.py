@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
+from ..solvers.transforms import inside_transform
+
 # Per kind: what registers the normalisation on a module's `weight`.
 NORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "weight": lambda module: parametrizations.weight_norm(module, "weight", dim=0),
@@ -67,8 +69,9 @@ def compute_weights(cell: nn.Module) -> Weights:
             continue
         for name, source in module.parametrizations.items():  # type: ignore[union-attr, operator]
             weight = getattr(module, name)
-            wanted = torch.is_grad_enabled() and any(p.requires_grad for p in source.parameters())
-            if wanted and not weight.requires_grad:
+            # Under torch.func a graph belongs to a transform, and requires_grad does not tell.
+            recorded = torch.is_grad_enabled() and not inside_transform()
+            if recorded and not weight.requires_grad and any(p.requires_grad for p in source.parameters()):
                 raise RuntimeError(
                     f"{type(module).__name__}.{name} was cached without its graph by an enclosing "
                     "torch.nn.utils.parametrize.cached(), so its parameters would get no gradient. Open the cache anew "

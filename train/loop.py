@@ -35,8 +35,8 @@ class TrainingError(RuntimeError):
 def train(config: Config, command: str = "") -> dict[str, float]:
     """Train, evaluate and export one model.
 
-    The run's folder receives `config.yaml`-like logs, TensorBoard curves, `checkpoint.safetensors` after every epoch,
-    and at the end `NAME.safetensors` with its card `NAME.json`, which go into checkpoints/ as they are.
+    The run's folder receives TensorBoard curves, `checkpoint.safetensors` after every epoch, and at the end
+    `NAME.safetensors` with its card `NAME.json`, which go into checkpoints/ as they are.
 
     Args:
         config: everything about the run.

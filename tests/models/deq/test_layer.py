@@ -382,6 +382,19 @@ def test_other_adjoints_and_second_order():
     assert_equal(gradients(phantom, x.detach()), gradients(layer, x.detach()), rtol=1e-6)
 
 
+@pytest.mark.parametrize("norm", [None, "weight", "spectral"])
+def test_under_function_transforms(norm):
+    layer, x = layer_of(norm, dropout=0.2, inside=0.2).eval(), inputs(3)
+    plain = torch.autograd.functional.jacobian(layer, x)
+    torch.testing.assert_close(torch.func.jacrev(layer)(x), plain, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(torch.func.vmap(lambda row: layer(row[None])[0])(x), layer(x), rtol=1e-7, atol=1e-9)
+    parameters = dict(layer.named_parameters())
+    theirs = torch.func.grad(lambda p: torch.func.functional_call(layer, p, (x,)).square().sum())(parameters)
+    layer(x).square().sum().backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(theirs[name], parameter.grad, rtol=1e-7, atol=1e-9)
+
+
 def test_the_representation_names_the_options():
     text = repr(layer_of("weight", dropout=0.1))
     assert "Anderson" in text

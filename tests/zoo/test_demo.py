@@ -1,0 +1,32 @@
+"""The demonstration, as a new user runs it."""
+
+import re
+
+import pytest
+from PIL import Image
+
+from restpoint.zoo import load_card
+from restpoint.zoo.cli import main
+
+
+def test_the_demo_prints_and_draws_what_it_promises(tmp_path, capsys):
+    picture = tmp_path / "made" / "digits.png"
+    assert main(["demo", "--output", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    accuracy = float(re.search(r"accuracy +([\d.]+) %", printed).group(1))
+    assert accuracy == pytest.approx(100 * load_card("conv_deq_tiny.digits").metrics["accuracy"], abs=0.01)
+    assert "converged    599 of 599" in printed
+    assert re.search(r"time +[\d.]+ ms a digit", printed)
+    counts = re.findall(r"^ +\d+  █* ?(\d+)", printed, flags=re.M)
+    assert sum(map(int, counts)) == 599
+    assert "4 of 4 trusted" in printed
+    assert str(picture) in printed
+    with Image.open(picture) as image:
+        assert min(image.size) > 600
+        assert len(image.convert("RGB").getcolors(maxcolors=1 << 20)) > 200
+
+
+def test_the_demo_has_help_with_an_example(capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    assert "restpoint demo --output" in capsys.readouterr().out
