@@ -140,7 +140,7 @@ def _assemble(form: Any, tensors: tuple[Tensor, ...]) -> Any:
     if isinstance(form, tuple):
         return tuple(_assemble(part, tensors) for part in form)
     if isinstance(form, _Parts):
-        whole = object.__new__(form.kind)
+        whole: Any = object.__new__(form.kind)
         vars(whole).update({name: _assemble(part, tensors) for name, part in form.attributes.items()})
         return whole
     return form
