@@ -18,6 +18,7 @@ How the parts fit:
 from ..adjoint.shared import CheckpointAdjoint, ReversibleAdjoint
 from .adjoint import Adjoint, DirectAdjoint
 from .control import ConstantController, Controller, IController, PIController, PIDController
+from .events import Event, EventInfo
 from .explicit import RK4, Bosh3, Dopri5, Dopri8, Euler, ExplicitRungeKutta, Heun, Midpoint, Ralston, Tsit5
 from .interpolation import Interpolation
 from .method import Method
@@ -37,6 +38,8 @@ __all__ = [
     "Dopri5",
     "Dopri8",
     "Euler",
+    "Event",
+    "EventInfo",
     "ExplicitRungeKutta",
     "Heun",
     "IController",

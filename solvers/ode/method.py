@@ -47,12 +47,13 @@ class Rhs:
         spec: how the state lies in the matrix; a method that treats parts of the state differently looks here.
         batch: the number of samples.
         calls: how often the field has been evaluated.
+        once: whether no more than first derivatives will be taken of what is recorded, which a method may make use of.
     """
 
-    __slots__ = ("_as_is", "_device", "_dtype", "_full", "_shape", "args", "batch", "calls", "field", "spec")
+    __slots__ = ("_as_is", "_device", "_dtype", "_full", "_shape", "args", "batch", "calls", "field", "once", "spec")
 
     def __init__(self, field: Callable[..., Any], args: tuple[Any, ...], spec: StateSpec, batch: int) -> None:
-        self.field, self.args, self.spec, self.batch, self.calls = field, args, spec, batch, 0
+        self.field, self.args, self.spec, self.batch, self.calls, self.once = field, args, spec, batch, 0, False
         self._shape = (batch, spec.size)
         self._full = (batch, *spec.leaves[0].shape) if spec.single else None
         self._as_is = self._full == self._shape
@@ -131,6 +132,10 @@ class Method(abc.ABC):
     def error_order(self) -> int | None:
         """The error estimate falls as h^error_order; None for a method that has no estimate."""
         return None
+
+    def tuned(self, rtol: float, atol: float) -> Method:
+        """The same method for a solve with these tolerances; those that solve equations of their own make use of it."""
+        return self
 
     def init(self, rhs: Rhs, t: Time, y: Tensor) -> Carry:
         """What the first step is given, and the first one after a jump of the field."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..transforms import plain
 from .control import Controller
+from .events import Event, Hit
 from .mesh import Mesh
 from .method import Carry, Method, Rhs
 from .times import Times
@@ -69,6 +70,7 @@ class Problem:
         tolerance: how errors are measured.
         max_steps: a budget of accepted and rejected steps together, per sample.
         dense: whether every step's dense output is kept.
+        events: to watch.
     """
 
     rhs: Rhs
@@ -79,6 +81,11 @@ class Problem:
     tolerance: Tolerance
     max_steps: int
     dense: bool = False
+    events: tuple[Event, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Let the method know the tolerance."""
+        object.__setattr__(self, "method", self.method.tuned(self.tolerance.rtol, self.tolerance.atol))
 
     @property
     def per_sample(self) -> bool:
@@ -106,6 +113,7 @@ class Run:
         ratio: (batch,) the last error in units of the tolerance.
         step: (batch,) the last step tried.
         component: (batch,) the column in which the last error was largest.
+        hits: the events that happened.
     """
 
     y: Tensor
@@ -120,6 +128,7 @@ class Run:
     ratio: Tensor
     step: Tensor
     component: Tensor
+    hits: list[Hit]
 
 
 class Keeper:

@@ -157,6 +157,7 @@ class ExplicitPullback:
         assert space is not None
         if taken.replace is not None:
             y = y.index_select(0, taken.replace)
+            carry = tuple(part.index_select(0, taken.replace) for part in carry)
         t, h, c, end, dense = taken.t, taken.h, tableau.c, tableau.end, taken.dense
         mixed = self._mixed(taken, carry)
         first = tape.evaluate(t, y) if mixed or taken.restart is True or not carry else None
@@ -225,7 +226,12 @@ class ExplicitPullback:
         else:
             bar.carry = () if records[0] is not None else (rows[0].clone(),)
         if taken.replace is not None:
+            # Only ended samples are replaced, and what is left of these reaches no result.
             bar.y = torch.zeros_like(total).index_add_(0, taken.replace, total)
+            bar.carry = tuple(
+                None if part is None else torch.zeros_like(part).index_add_(0, taken.replace, part)
+                for part in bar.carry
+            )
 
     def _pull_times(self, taken: Taken, at_start: Tensor | float, length: Tensor, bar: Backward) -> None:
         """A step of constant length hands the cotangent of its end to its start; one that lands ends elsewhere."""
@@ -242,6 +248,7 @@ class RecordedPullback:
     def __init__(self, method: Method, tape: Tape, mesh: Mesh, bars: PickBars, ends: Ends) -> None:
         """`ends` are the times whose cotangents are wanted."""
         self.method, self.tape, self.mesh, self.bars, self.ends = method, tape, mesh, bars, ends
+        tape.rhs.once = True
 
     def pull(self, span: range, y: Tensor, carry: Carry, bar: Backward) -> Tensor:
         """As `ExplicitPullback.pull`."""

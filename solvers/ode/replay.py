@@ -33,6 +33,7 @@ def replay(
         taken = mesh.steps[index]
         if taken.replace is not None:
             y = y.index_select(0, taken.replace)
+            carry = tuple(part.index_select(0, taken.replace) for part in carry)
         t, h = mesh.times(index, start, end)
         carry = renewed(method, rhs, t, y, carry, taken.restart)
         step = method.step(rhs, t, y, h, carry)

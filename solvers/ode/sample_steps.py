@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..solution import Status
 from ..transforms import all_true, any_true, plain
 from .control import History
+from .events import EventTracker
 from .mesh import END, FORCED, FREE, Mesh, Taken, take
 from .method import Carry, Method, Rhs, Time
 from .problem import Keeper, Problem, Run
@@ -51,6 +53,10 @@ class SampleSteps:
         self.waiting: list[Tensor] = []
         self.dense: Tensor | None = None
         self.kept_dense: list[Tensor] = []
+        self.tracker = EventTracker(problem.events, problem.rhs) if problem.events else None
+        self.event_dense: list[Tensor] = []
+        self.event_iterations: list[int] = []
+        self.reached = torch.full_like(self.start, torch.nan)
         # The iteration that each output lies in, (T - 2, batch), -1 while it is not reached.
         self.steps_of_output = torch.full_like(self.outputs[:, 1:-1].T, -1, dtype=torch.long)
         zeros = torch.zeros_like(self.start)
@@ -87,6 +93,9 @@ class SampleSteps:
         h, memory = self._first_steps(t, y, carry), None
         moves = steady = fresh = torch.ones_like(active)
         stop = torch.zeros_like(self.status)
+        stopped = ~active
+        if self.tracker is not None:
+            self.tracker.start(t, y)
         history: History = ()
         target, kind, jump = self.stops[:, 0], self.kinds[:, 0], self.jumps[:, 0]
         for iteration in range(problem.max_steps if any_true(active) else 0):
@@ -122,8 +131,14 @@ class SampleSteps:
             if self.keeper is not None:
                 self.keeper.offer(iteration, y, handed)
             bare = step.carry
-            if interpolate:
-                self.waiting.append(method.dense(rhs, t, y, step_h, step))
+            new_t = torch.where(lands, target, t + step_h)
+            crossings = self.tracker.crossings(new_t, step.y, accepted) if self.tracker else []
+            dense = method.dense(rhs, t, y, step_h, step) if interpolate or crossings else None
+            if interpolate and dense is not None:
+                self.waiting.append(dense)
+            if crossings and dense is not None:
+                ended = self._locate(crossings, iteration, dense, t, step_h)
+                stopped = stopped | ended
             if adaptive:
                 wish = self._clip(step_h * factor)
                 # A step that was cut short to land does not shorten the next one.
@@ -133,7 +148,7 @@ class SampleSteps:
             else:
                 lost = active & ~accepted
             keep = accepted.unsqueeze(-1)
-            t = torch.where(accepted, torch.where(lands, target, t + step_h), t)
+            t = torch.where(accepted, new_t, t)
             y, size = torch.where(keep, step.y, y), torch.where(keep, new_size, size)
             # A replay does not compute every dense output, so it cannot rely on what these hand over.
             handed = tuple(torch.where(keep, new, old) for new, old in zip(bare, carry))
@@ -155,8 +170,8 @@ class SampleSteps:
                     t = torch.where(leaps, self._leap(stop - 1), t)
                     fresh = fresh | leaps
                     carry = renewed(method, rhs, t, y, carry, leaps)
-            self.status = torch.where(done, int(Status.CONVERGED), self.status)
-            active = active & ~done & ~lost
+            self.status = torch.where(done & ~stopped, int(Status.CONVERGED), self.status)
+            active = active & ~done & ~lost & ~stopped
             news = int(plain(torch.where(lost, 2, active.long())).max())
             if news == 2:
                 self._end_lost(lost, finite, tolerance.component(step.error if adaptive else step.y, size))
@@ -196,6 +211,18 @@ class SampleSteps:
         status = torch.where(finite, int(Status.STEP_UNDERFLOW), int(Status.NON_FINITE))
         self.status = torch.where(lost, status, self.status)
         self.component = torch.where(lost, component, self.component)
+
+    def _locate(
+        self, crossings: list[tuple[int, Tensor]], iteration: int, dense: Tensor, t: Tensor, h: Tensor
+    ) -> Tensor:
+        """Locate events within the steps just taken; which samples ended."""
+        assert self.tracker is not None
+        ended, theta = self.tracker.locate(crossings, len(self.event_dense), dense, t, h)
+        self.event_dense.append(dense)
+        self.event_iterations.append(iteration)
+        self.reached = torch.where(ended, t + theta * h, self.reached)
+        self.status = torch.where(ended, int(Status.EVENT), self.status)
+        return ended
 
     def _first_steps(self, t: Tensor, y: Tensor, carry: Carry) -> Tensor:
         given = self.control.first_step
@@ -237,12 +264,19 @@ class SampleSteps:
                 self.dense = take(torch.cat(self.kept_dense), lined.iterations)
         else:
             picks, places = places, torch.arange(len(places), device=t.device).unsqueeze(1).expand_as(places)
+        first, hits = len(picks), self.tracker.hits if self.tracker else []
+        if self.event_dense:
+            where = torch.tensor(self.event_iterations, device=t.device).unsqueeze(1).expand(-1, len(t))
+            picks = torch.cat([picks, lined.index_of(where).clamp(max=lined.count - 1)])
+            events = torch.stack(self.event_dense)
+            self.dense = events if self.dense is None else torch.cat([self.dense, events])
         return Run(
             y=y,
             mesh=Mesh(lined.steps(picks, self.replace), picks),
             dense=self.dense,
             places=places,
-            reached=t,
+            reached=torch.where(self.reached.isnan(), t, self.reached),
+            hits=[dataclasses.replace(hit, pick=hit.pick + first) for hit in hits],
             status=self.status,
             accepted=self.accepted,
             rejected=self.rejected,

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..solution import Status
 from ..transforms import any_true, inside_transform, plain
 from .control import History
+from .events import EventTracker
 from .mesh import END, FORCED, FREE, Mesh, Taken
 from .method import Carry, Step
 from .problem import Keeper, Problem, Run
@@ -21,7 +22,7 @@ RETREAT = 0.1
 # A step shorter than so many times the resolution of time is none.
 UNDERFLOW = 16 * 2.0**-52
 # Of a step whose stage equations could not be solved.
-GIVE_WAY = 0.25
+GIVE_WAY = 0.5
 
 
 class SharedSteps:
@@ -45,10 +46,13 @@ class SharedSteps:
         self.dense: list[Tensor] = []
         self.places: list[int] = []
         self.alive: Tensor | None = None
+        # What replaces the rows of samples that ended since the last accepted step, and whether it has yet to.
         self.replace: Tensor | None = None
+        self.swap = False
         self.accepted = self.rejected = 0
         self.status = torch.full((batch,), int(Status.MAX_STEPS), device=device)
         self.reached = torch.full((batch,), self.outputs[0], dtype=torch.float64, device=device)
+        self.tracker = EventTracker(problem.events, problem.rhs) if problem.events else None
         self.counts = torch.zeros((3, batch), dtype=torch.long, device=device)
         self.ratio = 0.0
         self.step = torch.zeros((batch,), dtype=torch.float64, device=device)
@@ -76,11 +80,17 @@ class SharedSteps:
         y, t = problem.y0, self.outputs[0]
         size = y.abs()
         carry = method.init(rhs, t, y)
-        handed: Carry = ()
+        # State and carry as the last step left them, before any replacement: what a replay starts from.
+        handed: tuple[Tensor, Carry] = (y, ())
         h, memory = self._first_step(t, y, carry), None
         history: History = ()
         restart, moves, steady, stop, wish = True, True, True, 0, h
+        if self.tracker is not None:
+            self.tracker.start(self.reached, y)
         while self.accepted + self.rejected < problem.max_steps:
+            if self.swap:
+                y, carry = self._swapped(y, carry)
+                size, self.swap = y.abs(), False
             target, kind, jump = self.stops[stop]
             step_h, lands = h, FREE
             if abs(target - t) <= abs(h) * (1 + STRETCH):
@@ -106,42 +116,42 @@ class SharedSteps:
                     if self._drop_lost(t, y, carry, step, step_h, h, ratio):
                         if not self._survivors():
                             break
-                        assert self.replace is not None
-                        y = y.index_select(0, self.replace)
-                        size, carry, handed, restart, h = y.abs(), (), (), True, wish
+                        h = wish
                     continue
                 factor, history = control.factor(ratio, history, order)
                 self.ratio = ratio
+            elif self._drop_broken(t, step, step_h):
+                if not self._survivors():
+                    break
+                continue
             new_t = target if lands else t + step_h
-            wanted, bare = self._wants_dense(new_t), step.carry
+            crossings = self._crossings(new_t, step.y)
+            wanted, bare = self._wants_dense(new_t) or bool(crossings), step.carry
             if wanted:
                 self.picks.append(self.accepted)
                 self.dense.append(method.dense(rhs, t, y, step_h, step))
             if self.keeper is not None:
-                self.keeper.offer(self.accepted, y, handed)
+                self.keeper.offer(self.accepted, *handed)
             self.steps.append(Taken(t, step_h, lands, moves, restart, wanted, self.replace))
             self.replace = None
             self.accepted += 1
+            ended = self._locate(crossings, t, step_h)
             t, y, size, restart = new_t, step.y, new_size, False
-            carry, handed = step.carry, bare
+            carry, handed = step.carry, (step.y, bare)
+            if ended and not self._survivors():
+                break
             if adaptive:
                 grown = step_h * (factor if steady else min(factor, 1.0))
                 # A step that was cut short to land does not shorten the next one.
                 wish = h = self._clip(max(abs(h), abs(grown)) if lands else grown)
             steady = True
-            if not adaptive and self._drop_broken(t, y, step_h):
-                if not self._survivors():
-                    break
-                assert self.replace is not None
-                y, carry, handed, restart = y.index_select(0, self.replace), (), (), True
-                size = y.abs()
             if lands:
                 moves = False
                 stop += 1
                 if stop == len(self.stops):
                     break
                 if jump is not None:
-                    t, carry, handed, restart = jump, (), (), True
+                    t, carry, handed, restart = jump, (), (y, ()), True
         done = stop == len(self.stops)
         self._end(self._living(), Status.CONVERGED if done else Status.MAX_STEPS, t, h)
         return self._report(y)
@@ -193,18 +203,48 @@ class SharedSteps:
         self._replace(lost)
         return True
 
-    def _drop_broken(self, t: float, y: Tensor, h: float) -> bool:
-        """With steps of constant length: end the samples whose state is not finite; whether there are new ones."""
-        if math.isfinite(float(plain(y).sum())):
+    def _drop_broken(self, t: float, step: Step, h: float) -> bool:
+        """With steps of constant length: end the samples whose next state is not finite; whether there are any."""
+        failed = step.failed is not None and any_true(step.failed)
+        if math.isfinite(float(plain(step.y).sum())) and not failed:
             return False
         living = self._living()
-        lost = living if inside_transform() else living & ~y.isfinite().all(-1)
+        broken = living if inside_transform() else living & ~step.y.isfinite().all(-1)
+        lost = broken if step.failed is None else broken | (step.failed & living)
         if not any_true(lost):
             return False
-        self.component = torch.where(lost, y.isfinite().int().argmin(-1), self.component)
-        self._end(lost, Status.NON_FINITE, t, h)
+        self.component = torch.where(broken, step.y.isfinite().int().argmin(-1), self.component)
+        self._end(broken, Status.NON_FINITE, t, h)
+        self._end(lost & ~broken, Status.STAGNATED, t, h)
         self._replace(lost)
         return True
+
+    def _crossings(self, t: float, y: Tensor) -> list[tuple[int, Tensor]]:
+        if self.tracker is None:
+            return []
+        return self.tracker.crossings(torch.full_like(self.reached, t), y, self._living())
+
+    def _locate(self, crossings: list[tuple[int, Tensor]], t: float, h: float) -> bool:
+        """Locate events within the step just taken; whether any sample ended."""
+        if not crossings:
+            return False
+        assert self.tracker is not None
+        start, length = torch.full_like(self.reached, t), torch.full_like(self.reached, h)
+        ended, theta = self.tracker.locate(crossings, len(self.picks) - 1, self.dense[-1], start, length)
+        if not any_true(ended):
+            return False
+        self._end(ended, Status.EVENT, start + theta * length, h)
+        self._replace(ended)
+        return True
+
+    def _swapped(self, y: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
+        """State and carry with healthy samples' rows in place of those that ended."""
+        assert self.replace is not None
+
+        def swap(rows: Tensor) -> Tensor:
+            return rows.index_select(0, self.replace)
+
+        return swap(y), tuple(map(swap, carry))
 
     def _survivors(self) -> bool:
         return self.alive is None or any_true(self.alive)
@@ -215,8 +255,9 @@ class SharedSteps:
         index = torch.arange(len(lost), device=lost.device)
         index = torch.where(self.alive, index, self.alive.int().argmax())
         self.replace = index if self.replace is None else self.replace[index]
+        self.swap = True
 
-    def _end(self, rows: Tensor, status: Status, t: float, h: float) -> None:
+    def _end(self, rows: Tensor, status: Status, t: float | Tensor, h: float) -> None:
         """Write down how and where `rows` end."""
         self.status = torch.where(rows, int(status), self.status)
         self.reached = torch.where(rows, t, self.reached)
@@ -241,6 +282,7 @@ class SharedSteps:
             ratio=torch.full_like(self.reached, self.ratio),
             step=self.step,
             component=self.component,
+            hits=self.tracker.hits if self.tracker else [],
         )
 
 

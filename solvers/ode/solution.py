@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..solution import Solution, Status
 from ..tree import Leaf, StateSpec
+from .events import EventInfo
 from .interpolation import Interpolation
 
 T = TypeVar("T")
@@ -29,11 +30,13 @@ class ODESolution(Solution[T]):
     Attributes:
         ts: the output times, (T,) or (batch, T).
         reached: how far each sample came (batch,), float64.
+        event: what happened on the way, where events were given.
         interpolation: the solution at any time, where it was asked for with `dense=True`.
     """
 
     ts: Tensor = dataclasses.field(kw_only=True)
     reached: Tensor = dataclasses.field(kw_only=True)
+    event: EventInfo[T] | None = dataclasses.field(kw_only=True, default=None)
     interpolation: Interpolation | None = dataclasses.field(kw_only=True, default=None, repr=False)
     _trouble: Trouble = dataclasses.field(kw_only=True, repr=False)
 

@@ -18,6 +18,7 @@ from ..tree import StateSpec, flatten
 from .adjoint import Adjoint, Outcome, Task
 from .adjoint_checkpoint import CheckpointedTrajectory
 from .control import Controller, PIDController
+from .events import Event, EventInfo, assemble
 from .explicit import Tsit5
 from .interpolation import Interpolation, polynomial
 from .mesh import take
@@ -41,6 +42,7 @@ def solve_ode(
     rtol: float | int = 1e-5,
     atol: float | int = 1e-7,
     max_steps: int = 10_000,
+    events: Event | Sequence[Event] | None = None,
     quadrature: Sequence[int | str] = (),
     dense: bool = False,
     throw: bool | str = True,
@@ -64,6 +66,7 @@ def solve_ode(
         rtol, atol: a step's error is kept below atol + rtol |y|, root mean square over the batch, or over each sample
             with steps of its own.
         max_steps: a budget of accepted and rejected steps together.
+        events: what to look out for on the way, and what ends samples early: see `Event`.
         quadrature: keys or indices of parts of the state that take no part in step control, such as integrals along
             the solution.
         dense: keep the dense output of every step: `solution.interpolation` then evaluates the solution at any time.
@@ -98,6 +101,7 @@ def solve_ode(
         tolerance=Tolerance(float(rtol), float(atol), controlled_columns(spec, quadrature)),
         max_steps=max_steps,
         dense=dense,
+        events=_listed(events),
     )
     return finish(problem, way, throw)
 
@@ -122,11 +126,13 @@ def finish(problem: Problem, adjoint: Adjoint, throw: bool | str) -> ODESolution
         accepted=run.accepted,
         rejected=run.rejected,
     )
+    info, info_y = _events(task, outcome)
     solution: ODESolution[Any] = ODESolution(
-        spec.unflatten(_outputs(task, outcome)),
+        spec.unflatten(_outputs(task, outcome, info, info_y)),
         stats,
         ts=problem.times.given,
         reached=run.reached,
+        event=info,
         interpolation=_interpolation(task, outcome) if problem.dense else None,
         _trouble=Trouble(spec, run.step, run.component),
     )
@@ -204,7 +210,29 @@ def _check_resolution(y0: Tensor, rtol: float, atol: float) -> None:
         )
 
 
-def _outputs(task: Task, outcome: Outcome) -> Tensor:
+def _listed(events: Event | Sequence[Event] | None) -> tuple[Event, ...]:
+    listed = () if events is None else (events,) if isinstance(events, Event) else tuple(events)
+    for event in listed:
+        require(event, Event, "events")
+    return listed
+
+
+def _events(task: Task, outcome: Outcome) -> tuple[EventInfo[Any] | None, Tensor | None]:
+    """What happened, and the matrix at the events that ended samples."""
+    problem, run = task.problem, outcome.run
+    if not problem.events:
+        return None, None
+
+    def step(pick: int) -> tuple[Tensor, Tensor]:
+        index = run.mesh.picks[pick]
+        index = index if isinstance(index, Tensor) else torch.tensor([index], device=run.reached.device)
+        t, h = run.mesh.all_times(index.unsqueeze(0) if len(index) > 1 else index, task.start, task.end)
+        return t.reshape(-1).expand(problem.rhs.batch), h.reshape(-1).expand(problem.rhs.batch)
+
+    return assemble(problem.events, problem.rhs, run.hits, outcome.dense, step)
+
+
+def _outputs(task: Task, outcome: Outcome, info: EventInfo[Any] | None, at_event: Tensor | None) -> Tensor:
     """The matrices at all output times (T, batch, n)."""
     problem, run = task.problem, outcome.run
     inside: list[Tensor] = []
@@ -217,8 +245,10 @@ def _outputs(task: Task, outcome: Outcome) -> Tensor:
     if bool((run.status == Status.CONVERGED).all()):
         return value
     times = problem.times.values.T if problem.times.per_sample else problem.times.values.unsqueeze(1)
-    missing = (times - run.reached) * (times[-1] - times[0]).sign() > 0
-    return torch.where(missing.unsqueeze(-1), math.nan, value)
+    missing = ((times - run.reached) * (times[-1] - times[0]).sign() > 0).unsqueeze(-1)
+    if info is None or at_event is None:
+        return torch.where(missing, math.nan, value)
+    return torch.where(missing, at_event, value)
 
 
 def _between(task: Task, outcome: Outcome, dense: Tensor) -> Tensor:
@@ -226,7 +256,7 @@ def _between(task: Task, outcome: Outcome, dense: Tensor) -> Tensor:
     mesh, places = outcome.run.mesh, outcome.run.places
     if isinstance(mesh.picks, Tensor):
         steps = mesh.picks.gather(0, places)
-        coefficients = take(dense, places) if task.problem.dense else dense
+        coefficients = take(dense, places) if task.problem.dense else dense[: len(places)]
     else:
         steps = torch.tensor(mesh.picks, device=places.device)[places]
         coefficients = dense[places]
