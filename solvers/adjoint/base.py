@@ -14,7 +14,7 @@ from ..fixed_point.driver import Budget, Carry, independent, iterate, start
 from ..fixed_point.method import FixedPointSolver
 from ..fixed_point.problem import Problem
 from ..solution import Stats, Status
-from ..transforms import inside_transform, inside_vmap, no_derivatives, plain
+from ..transforms import any_true, inside_transform, inside_vmap, no_derivatives, plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,12 @@ class RestPointAdjoint(Adjoint):
             return dataclasses.replace(carry, value=z)
         rows = healthy_rows(task.problem, carry)
         if rows is None:
-            return dataclasses.replace(carry, value=self.attach(task.problem, z, carry, task.report))
+            value = self.attach(task.problem, z, carry, task.report)
+            broken = carry.status == Status.NON_FINITE
+            if any_true(broken):
+                # Whatever was recorded for them, their value is the one that the solve left them with.
+                value = torch.where(broken.unsqueeze(1), z, value)
+            return dataclasses.replace(carry, value=value)
 
         def report(stats: Stats) -> None:
             task.report(spread(stats, rows, len(z)))
