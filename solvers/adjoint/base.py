@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from ..fixed_point.driver import Budget, Carry, independent, iterate, start
 from ..fixed_point.method import FixedPointSolver
@@ -126,6 +127,25 @@ def spread(stats: Stats, rows: Tensor, batch: int) -> Stats:
         full(stats.residual, float("nan")),
         full(stats.status, int(Status.NON_FINITE)),
     )
+
+
+class Witness:
+    """Notices an argument that was changed in place before the backward pass computes with it again.
+
+    Autograd watches over the tensors that it has saved; what recomputes has saved none.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.tensors = [leaf for leaf in pytree.tree_leaves(problem.args) if isinstance(leaf, Tensor)]
+        self.versions = [tensor._version for tensor in self.tensors]
+
+    def check(self) -> None:
+        """Raise RuntimeError if one was."""
+        if [tensor._version for tensor in self.tensors] != self.versions:
+            raise RuntimeError(
+                "one of the args was changed in place between the forward pass and the backward pass, which computes "
+                "with it again: the gradient would be wrong."
+            )
 
 
 def wants_derivatives() -> bool:

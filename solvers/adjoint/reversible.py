@@ -17,7 +17,7 @@ from ..fixed_point.problem import Problem
 from ..solution import AdjointWarning
 from ..transforms import inside_transform
 from ..tree import norms
-from .base import Adjoint, Task, healthy_rows, wants_derivatives
+from .base import Adjoint, Task, Witness, healthy_rows, wants_derivatives
 from .shared import ReversibleAdjoint
 
 
@@ -139,6 +139,7 @@ class _Entry:
 def _evaluate(problem: Problem, entry: _Entry) -> Tensor:
     if entry.z is not None:
         return problem.evaluate(entry.z)[0]
+    entry.walk.witness.check()
     z = entry.walk.at(entry.index).requires_grad_(entry.recorded)
     image, _ = problem.evaluate(z)
     entry.walk.offer(entry.index, image.detach())
@@ -156,6 +157,7 @@ class _Walk:
     def __init__(self, problem: Problem, damping: float, z0: Tensor, drift: float | None) -> None:
         self.problem, self.damping, self.z0 = problem, damping, z0
         self.drift = torch.finfo(z0.dtype).eps ** 0.5 if drift is None else drift
+        self.witness = Witness(problem)
         self.moved: list[Tensor | None] = []
         self.last, self.last_previous = z0, z0
         self.index, self.z, self.previous = -1, z0, z0

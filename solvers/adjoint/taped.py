@@ -13,7 +13,7 @@ from torch.utils import checkpoint
 from ..fixed_point.driver import Carry, advance, settle
 from ..options import options
 from ..transforms import inside_reverse, no_derivatives
-from .base import Adjoint, Task, healthy_rows, wants_derivatives
+from .base import Adjoint, Task, Witness, healthy_rows, wants_derivatives
 from .shared import CheckpointAdjoint
 
 
@@ -97,9 +97,10 @@ def _replayed(run: Callable[[Task, Carry, int], Carry], task: Task, carry: Carry
     inside another checkpoint, which is there to drop it.
     """
     tensors: list[Tensor] = []
-    form = _dissolve(carry, tensors)
+    form, witness = _dissolve(carry, tensors), Witness(task.problem)
 
     def resume(*given: Tensor) -> Carry:
+        witness.check()
         return run(task, _assemble(form, given), end)
 
     replayed: Carry = checkpoint.checkpoint(resume, *tensors, use_reentrant=False, determinism_check="default")
