@@ -18,16 +18,19 @@ How the parts fit:
 from ..adjoint.shared import CheckpointAdjoint, ReversibleAdjoint
 from .adjoint import Adjoint, DirectAdjoint
 from .control import ConstantController, Controller, IController, PIController, PIDController
+from .esdirk import ESDIRK, ImplicitEuler, Kvaerno3, Kvaerno5
 from .events import Event, EventInfo
 from .explicit import RK4, Bosh3, Dopri5, Dopri8, Euler, ExplicitRungeKutta, Heun, Midpoint, Ralston, Tsit5
 from .interpolation import Interpolation
 from .method import Method
+from .newton import StageNewton
 from .solution import ODESolution
 from .solve import solve_ode
 from .tableau import Tableau
 from .times import TimeError
 
 __all__ = [
+    "ESDIRK",
     "RK4",
     "Adjoint",
     "Bosh3",
@@ -43,7 +46,10 @@ __all__ = [
     "ExplicitRungeKutta",
     "Heun",
     "IController",
+    "ImplicitEuler",
     "Interpolation",
+    "Kvaerno3",
+    "Kvaerno5",
     "Method",
     "Midpoint",
     "ODESolution",
@@ -51,6 +57,7 @@ __all__ = [
     "PIDController",
     "Ralston",
     "ReversibleAdjoint",
+    "StageNewton",
     "Tableau",
     "TimeError",
     "Tsit5",

@@ -18,7 +18,7 @@ def _kvaerno3() -> Tableau:
     """Kvaerno 2004, section 4: order 3(2) in four stages. gamma is a root of 6 x^3 - 18 x^2 + 9 x - 1."""
     g = 0.43586652150845899942
     weights = ((6 * g - 1) / (12 * g), -1 / ((24 * g - 12) * g), (-6 * g * g + 6 * g - 1) / (6 * g - 3), g)
-    embedded = ((-4 * g * g + 6 * g - 1) / (4 * g), (1 - 2 * g) / (2 * g) / 2, g)
+    embedded = ((-4 * g * g + 6 * g - 1) / (4 * g), (1 - 2 * g) / (4 * g), g)
     return _stiffly_accurate_pair((0.0,), (g, g), embedded, weights)
 
 

@@ -99,6 +99,8 @@ class SharedSteps:
                 carry = method.init(rhs, t, y)
             step = method.step(rhs, t, y, step_h, carry, memory)
             memory = step.memory
+            if step.failed is not None and self.alive is not None:
+                step.failed = step.failed & self.alive
             new_size = step.y.abs()
             factor = 1.0
             if adaptive:
