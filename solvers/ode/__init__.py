@@ -17,6 +17,8 @@ How the parts fit:
 
 from ..adjoint.shared import CheckpointAdjoint, ReversibleAdjoint
 from .adjoint import Adjoint, DirectAdjoint
+from .adjoint_backsolve import BacksolveAdjoint
+from .adjoint_interpolated import InterpolatedAdjoint
 from .control import ConstantController, Controller, IController, PIController, PIDController
 from .esdirk import ESDIRK, ImplicitEuler, Kvaerno3, Kvaerno5
 from .events import Event, EventInfo
@@ -33,6 +35,7 @@ __all__ = [
     "ESDIRK",
     "RK4",
     "Adjoint",
+    "BacksolveAdjoint",
     "Bosh3",
     "CheckpointAdjoint",
     "ConstantController",
@@ -47,6 +50,7 @@ __all__ = [
     "Heun",
     "IController",
     "ImplicitEuler",
+    "InterpolatedAdjoint",
     "Interpolation",
     "Kvaerno3",
     "Kvaerno5",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from ..transforms import plain
 from .control import Controller
 from .events import Event, Hit
 from .mesh import Mesh
-from .method import Carry, Method, Rhs
+from .method import Carry, Method, Rhs, Time
 from .times import Times
 
 
@@ -71,6 +72,9 @@ class Problem:
         max_steps: a budget of accepted and rejected steps together, per sample.
         dense: whether every step's dense output is kept.
         events: to watch.
+        observe: called with start, length and dense output of every accepted step; with steps per sample the length
+            is zero for those that accepted none.
+        first_step: length of the first step, which goes before the controller's; a float, or (batch,).
     """
 
     rhs: Rhs
@@ -82,6 +86,8 @@ class Problem:
     max_steps: int
     dense: bool = False
     events: tuple[Event, ...] = ()
+    observe: Callable[[Time, Time, Tensor], None] | None = None
+    first_step: Time | None = None
 
     def __post_init__(self) -> None:
         """Let the method know the tolerance."""
@@ -112,6 +118,7 @@ class Run:
         accepted, rejected, evaluations: (batch,) counts.
         ratio: (batch,) the last error in units of the tolerance.
         step: (batch,) the last step tried.
+        wish: (batch,) the step that the controller would take next.
         component: (batch,) the column in which the last error was largest.
         hits: the events that happened.
     """
@@ -127,6 +134,7 @@ class Run:
     evaluations: Tensor
     ratio: Tensor
     step: Tensor
+    wish: Tensor
     component: Tensor
     hits: list[Hit]
 

@@ -82,15 +82,17 @@ class Tape:
     def evaluate(self, t: Time, y: Tensor) -> Record:
         """The derivative at (t, y), recorded from leaves; to be called with grad mode on."""
         leaf = y.detach().requires_grad_()
-        time = self.rhs.time(t).detach().requires_grad_() if self.timed else None
-        out = self.rhs(t if time is None else time, leaf)
+        time = self.rhs.time(t).detach()
+        if self.timed:
+            time.requires_grad_()
+        out = self.rhs(time, leaf)
         if out is leaf:
             out = leaf.clone()
         self.sums.evaluations += 1
         if out.requires_grad:
-            own = (leaf,) if time is None else (leaf, time)
-            self.sums.externals.check(out, own, self._began, lambda: f"At t = {t}")
-        return out, leaf, time
+            # A field that differentiates with respect to time makes it a leaf by itself.
+            self.sums.externals.check(out, (leaf, time), self._began, lambda: f"At t = {t}")
+        return out, leaf, time if self.timed else None
 
     def pull(self, record: Record, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Cotangents of the state and of the time; those of everything shared are added up."""

@@ -86,7 +86,7 @@ class SampleSteps:
     def run(self) -> Run:
         """Integrate every sample to its last output time, or to where it breaks."""
         problem, rhs, method, control, tolerance = self.problem, self.rhs, self.method, self.control, self.tolerance
-        order, adaptive = method.error_order or 1, problem.adaptive
+        order, adaptive, observe = method.error_order or 1, problem.adaptive, problem.observe
         interpolate = problem.dense or len(self.steps_of_output) > 0
         t, y, carry, active = self._begin()
         size, handed = y.abs(), ()
@@ -133,9 +133,11 @@ class SampleSteps:
             bare = step.carry
             new_t = torch.where(lands, target, t + step_h)
             crossings = self.tracker.crossings(new_t, step.y, accepted) if self.tracker else []
-            dense = method.dense(rhs, t, y, step_h, step) if interpolate or crossings else None
+            dense = method.dense(rhs, t, y, step_h, step) if interpolate or observe or crossings else None
             if interpolate and dense is not None:
                 self.waiting.append(dense)
+            if observe is not None and dense is not None:
+                observe(t, torch.where(accepted, step_h, 0.0), dense)
             if crossings and dense is not None:
                 ended = self._locate(crossings, iteration, dense, t, step_h)
                 stopped = stopped | ended
@@ -180,7 +182,7 @@ class SampleSteps:
             if news != 1 and not any_true(active):
                 break
         self._flush(t)
-        return self._report(t, y)
+        return self._report(t, y, h)
 
     def _begin(self) -> tuple[Tensor, Tensor, Carry, Tensor]:
         """Initial times, states and carry, healthy ones standing in for those that are broken, and who is active."""
@@ -195,7 +197,10 @@ class SampleSteps:
             carry = self.method.init(self.rhs, t, y)
             self.status = torch.where(healthy, self.status, int(Status.NON_FINITE))
             self.component = self.problem.y0.isfinite().int().argmin(-1)
-        return t, y, carry, healthy
+        # A sample whose times are one has arrived.
+        here = self.start == self.end
+        self.status = torch.where(healthy & here, int(Status.CONVERGED), self.status)
+        return t, y, carry, healthy & ~here
 
     def _clip(self, h: Tensor) -> Tensor:
         return h.abs().clamp(self.control.min_step, self.control.max_step) * self.sign
@@ -225,7 +230,7 @@ class SampleSteps:
         return ended
 
     def _first_steps(self, t: Tensor, y: Tensor, carry: Carry) -> Tensor:
-        given = self.control.first_step
+        given = self.control.first_step if self.problem.first_step is None else abs(self.problem.first_step)
         h = first_steps(self.problem, t, y, carry, self.end - self.start) if given is None else given * self.sign
         return self._clip(h)
 
@@ -253,7 +258,7 @@ class SampleSteps:
         output, sample = new.nonzero(as_tuple=True)
         self.dense[output, :, sample] = dense[found[output, sample], :, sample]
 
-    def _report(self, t: Tensor, y: Tensor) -> Run:
+    def _report(self, t: Tensor, y: Tensor, h: Tensor) -> Run:
         lined = LinedUp(self.tried, [entry[0] for entry in self.keeper.kept] if self.keeper else [], t)
         if self.keeper is not None:
             self.keeper.renumber(lined.firsts)
@@ -283,6 +288,7 @@ class SampleSteps:
             evaluations=self.evaluations,
             ratio=self.ratio,
             step=self.step,
+            wish=h,
             component=self.component,
         )
 

@@ -132,6 +132,8 @@ class SharedSteps:
             if wanted:
                 self.picks.append(self.accepted)
                 self.dense.append(method.dense(rhs, t, y, step_h, step))
+            if problem.observe is not None:
+                problem.observe(t, step_h, self.dense[-1] if wanted else method.dense(rhs, t, y, step_h, step))
             if self.keeper is not None:
                 self.keeper.offer(self.accepted, *handed)
             self.steps.append(Taken(t, step_h, lands, moves, restart, wanted, self.replace))
@@ -156,10 +158,10 @@ class SharedSteps:
                     t, carry, handed, restart = jump, (), (y, ()), True
         done = stop == len(self.stops)
         self._end(self._living(), Status.CONVERGED if done else Status.MAX_STEPS, t, h)
-        return self._report(y)
+        return self._report(y, h)
 
     def _first_step(self, t: float, y: Tensor, carry: Carry) -> float:
-        given = self.control.first_step
+        given = self.control.first_step if self.problem.first_step is None else float(self.problem.first_step)
         return self._clip(first_step(self.problem, t, y, carry) if given is None else given)
 
     def _clip(self, h: float) -> float:
@@ -267,7 +269,7 @@ class SharedSteps:
         now = torch.tensor([self.accepted, self.rejected, self.rhs.calls], device=rows.device)
         self.counts = torch.where(rows, now.unsqueeze(1), self.counts)
 
-    def _report(self, y: Tensor) -> Run:
+    def _report(self, y: Tensor, h: float) -> Run:
         device = y.device
         missing = max(len(self.outputs) - 2 - len(self.places), 0)
         places = torch.tensor(self.places + [0] * missing, dtype=torch.long, device=device)
@@ -283,6 +285,7 @@ class SharedSteps:
             evaluations=self.counts[2],
             ratio=torch.full_like(self.reached, self.ratio),
             step=self.step,
+            wish=torch.full_like(self.reached, h),
             component=self.component,
             hits=self.tracker.hits if self.tracker else [],
         )
