@@ -128,9 +128,11 @@ def advance(problem: Problem, solver: FixedPointSolver, budget: Budget, carry: C
             changes = {"best": z, "best_norm": norm, "best_scale": scale, "improved_at": count, "floor": floor}
         else:
             changes = {}
+            # An infinite residual is above any limit, but leads nowhere.
+            going = going & torch.isfinite(norm)
             carry = _keep_best(carry, z, norm, scale, improved, count, floor, recording)
             ended = ~going if active is None else active & ~going
-            if any_true(ended) or (count >= PATIENCE and count % 10 == 0):
+            if any_true(ended) or _patience_ends(count):
                 carry = _retire(carry, budget, z, norm, scale, going, recording)
                 active = carry.active
     if active is not None and not any_true(active):
@@ -142,6 +144,11 @@ def advance(problem: Problem, solver: FixedPointSolver, budget: Budget, carry: C
         carry, z=following, memory=proposal.memory, active=active, extra=carry.extra + proposal.evaluations,
         trajectory=trajectory, measured=(z.detach(), image.detach()), count=count, **changes,
     )  # fmt: skip
+
+
+def _patience_ends(count: int) -> bool:
+    """Whether to look for rows that stagnate: not at each evaluation, but at the same ones for every batch."""
+    return count >= PATIENCE and count % 10 == 0
 
 
 def _measure(
@@ -177,7 +184,7 @@ def _retire(
     broken = active & ~torch.isfinite(norm)
     done = active & ~going & ~broken
     stale = torch.zeros_like(active)
-    if not budget.endless:
+    if not budget.endless and _patience_ends(carry.count):
         stale = active & ~done & ~broken & (carry.count - carry.improved_at >= PATIENCE)
     ended = broken | done | stale
     status = torch.where(done, int(Status.CONVERGED), carry.status)
