@@ -100,6 +100,28 @@ class TestBadRow:
         assert among.stats.steps[2] > alone.stats.steps.max() or isinstance(solver, Newton)
 
 
+class TestWhenRowsEnd:
+    """At the same evaluation whatever the others do."""
+
+    def test_stagnation(self):
+        rate = torch.tensor([[-1.0], [0.8], [0.75], [0.1]], dtype=D)
+        f = lambda z, rate: rate * z + 1  # noqa: E731
+        options = {"solver": Picard(), "rtol": 1e-6, "max_steps": 300}
+        together = fixed_point(f, torch.full_like(rate, 3.0), (rate,), **options)
+        alone = fixed_point(f, torch.full((1, 1), 3.0, dtype=D), (rate[:1],), **options)
+        assert together.stats.status.tolist() == [Status.STAGNATED] + 3 * [Status.CONVERGED]
+        assert together.stats.steps[0] == alone.stats.steps[0]
+
+    def test_an_infinite_residual(self):
+        f = lambda x, k: torch.exp(k * x) - 2  # noqa: E731
+        k = torch.tensor([[1.0], [1e5]], dtype=D)
+        x0 = torch.ones(2, 1, dtype=D)
+        together = root(f, x0, (k,), solver=Newton(line_search=False))
+        alone = root(f, x0[1:], (k[1:],), solver=Newton(line_search=False))
+        assert together.stats.status.tolist() == [Status.CONVERGED, Status.NON_FINITE]
+        assert together.stats.steps[1] == alone.stats.steps[0] == 0
+
+
 class TestCompaction:
     """Finished samples are taken out and cost nothing more."""
 
