@@ -32,17 +32,17 @@ def coupled(apply: Callable[[Tensor], Tensor], like: Tensor) -> bool:
     return False
 
 
-def doubtful(operator: LinearOperator, right: Tensor, found: Solution[Tensor]) -> bool:
+def doubtful(operator: LinearOperator, right: Tensor, found: Solution[Tensor], resolution: float) -> bool:
     """Whether the rows' true residual, in one application to all of them, is not what the solver says it is.
 
     A solver works row by row, scales them, and freezes those that are done, so the residual that it reports is not
-    the true one where rows are coupled.
+    the true one where rows are coupled. `resolution` is the relative rounding of the operator.
     """
     if len(right) == 1:
         return False
     size = norms(right)
     true = norms(right - operator.matvec(found.value))
-    rounding = 100 * torch.finfo(right.dtype).eps * (size + norms(found.value))
+    rounding = (100 * torch.finfo(right.dtype).eps + 4 * resolution) * (size + norms(found.value))
     return not bool((true <= 2 * found.stats.residual * size + rounding).all())
 
 

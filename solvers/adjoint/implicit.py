@@ -84,7 +84,7 @@ class ImplicitAdjoint(RestPointAdjoint):
             if not _reaches_beyond(out, leaf):
                 return z
             operator = operator_of_recording(problem, point, out)
-            solve = _Solver(self, operator, inverse, report)
+            solve = _Solver(self, operator, inverse, report, _resolution(z))
             value = z + self._correct(_residual(problem, out, z), solve)
             if self.order == 2:
                 value = value + self._correct(problem.residual(_Second.apply(value)), solve)
@@ -212,8 +212,10 @@ class _Solver:
         operator: LinearOperator,
         inverse: InverseJacobian | None,
         report: Callable[[Stats], None],
+        resolution: float,
     ) -> None:
         self.adjoint, self.operator, self.inverse, self.report = adjoint, operator, inverse, report
+        self.resolution = resolution
 
     def __call__(self, b: Tensor, transposed: bool) -> Tensor:
         operator = self.operator.T if transposed else self.operator
@@ -248,17 +250,24 @@ class _Solver:
             )
         else:
             solution = adjoint.linear_solver.solve(operator, right, x0=guess)
-        if doubtful(operator, right, solution) and coupled(operator.matvec, right):
+        if doubtful(operator, right, solution, self.resolution) and coupled(operator.matvec, right):
             solution = solve_jointly(operator, right, solution, adjoint.linear_solver)
-        loose = _loose(solution, right)
+        loose = self._loose(solution, right)
         if bool(loose.any()):
             _complain(solution, loose)
         return solution
 
+    def _loose(self, solution: Solution[Tensor], right: Tensor) -> Tensor:
+        """Samples whose solve failed by more than the rounding of its type and of the function explains."""
+        rounding = max(torch.finfo(right.dtype).eps ** 0.5, 2 * self.resolution)
+        return ~solution.converged & ~(solution.stats.residual <= rounding)
 
-def _loose(solution: Solution[Tensor], right: Tensor) -> Tensor:
-    """Samples whose solve failed by more than the rounding of its type explains."""
-    return ~solution.converged & ~(solution.stats.residual <= torch.finfo(right.dtype).eps ** 0.5)
+
+def _resolution(z: Tensor) -> float:
+    """Relative rounding of an evaluation at z: that of its type, or of autocast's."""
+    kind = z.device.type
+    types = [z.dtype, torch.get_autocast_dtype(kind)] if torch.is_autocast_enabled(kind) else [z.dtype]
+    return max(torch.finfo(dtype).eps for dtype in types)
 
 
 _SINGULAR = (
