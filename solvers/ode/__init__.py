@@ -26,8 +26,10 @@ from .explicit import RK4, Bosh3, Dopri5, Dopri8, Euler, ExplicitRungeKutta, Heu
 from .interpolation import Interpolation
 from .method import Method
 from .newton import StageNewton
+from .reversible import AsynchronousLeapfrog, Reversible, ReversibleHeun, ReversibleMethod
 from .solution import ODESolution
 from .solve import solve_ode
+from .symplectic import Leapfrog, SemiImplicitEuler, Symplectic, Yoshida4
 from .tableau import Tableau
 from .times import TimeError
 
@@ -35,6 +37,7 @@ __all__ = [
     "ESDIRK",
     "RK4",
     "Adjoint",
+    "AsynchronousLeapfrog",
     "BacksolveAdjoint",
     "Bosh3",
     "CheckpointAdjoint",
@@ -54,16 +57,23 @@ __all__ = [
     "Interpolation",
     "Kvaerno3",
     "Kvaerno5",
+    "Leapfrog",
     "Method",
     "Midpoint",
     "ODESolution",
     "PIController",
     "PIDController",
     "Ralston",
+    "Reversible",
     "ReversibleAdjoint",
+    "ReversibleHeun",
+    "ReversibleMethod",
+    "SemiImplicitEuler",
     "StageNewton",
+    "Symplectic",
     "Tableau",
     "TimeError",
     "Tsit5",
+    "Yoshida4",
     "solve_ode",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -102,40 +103,78 @@ def clock() -> int:
 
 
 def reachable(field: Any) -> list[Tensor]:
-    """Tensors requiring a gradient that a callable holds, be it a module, a method, a closure or a partial."""
-    seen: set[int] = set()
-    found: dict[int, Tensor] = {}
+    """Tensors requiring a gradient that a callable holds, be it a module, a method, a closure or a partial.
 
-    def visit(thing: Any, depth: int) -> None:
-        if id(thing) in seen or depth > 8:
+    What objects hold as attributes counts if it is a leaf. Other tensors there may be left over from earlier work, and
+    the graphs behind them be gone: see `computed_attributes`.
+    """
+    search = _Search()
+    search.visit(field, 0, False)
+    return list(search.found.values())
+
+
+def computed_attributes(field: Any) -> list[Tensor]:
+    """Tensors requiring a gradient that objects within a callable hold as attributes, and that are no leaves."""
+    search = _Search()
+    search.visit(field, 0, False)
+    return list(search.computed.values())
+
+
+_DEEPEST, _LONGEST = 8, 1000
+_MODULE = frozenset(vars(nn.Module()))
+
+
+class _Search:
+    """A walk through what a callable holds.
+
+    Attributes:
+        found: parameters, what functions close over, and leaves among attributes.
+        computed: the other attributes.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[int, Tensor] = {}
+        self.computed: dict[int, Tensor] = {}
+        self._seen: set[int] = set()
+
+    def visit(self, thing: Any, depth: int, attribute: bool) -> None:
+        """Look at `thing`; `attribute` says whether the way to it led through an object's attributes."""
+        if id(thing) in self._seen or depth > _DEEPEST:
             return
-        seen.add(id(thing))
+        self._seen.add(id(thing))
         if isinstance(thing, Tensor):
             if thing.requires_grad:
-                found[id(thing)] = thing
+                (self.computed if attribute and not thing.is_leaf else self.found)[id(thing)] = thing
         elif isinstance(thing, nn.Module):
             for parameter in thing.parameters():
-                visit(parameter, depth)
+                self.visit(parameter, depth, attribute)
+            for module in thing.modules():
+                self._attributes(module, depth)
         elif isinstance(thing, functools.partial):
             for part in (thing.func, *thing.args, *thing.keywords.values()):
-                visit(part, depth + 1)
-        elif isinstance(thing, (list, tuple)):
-            for part in thing:
-                visit(part, depth + 1)
-        elif isinstance(thing, dict):
-            for part in thing.values():
-                visit(part, depth + 1)
-        else:
+                self.visit(part, depth + 1, attribute)
+        elif isinstance(thing, (list, tuple, dict)):
+            for part in thing.values() if isinstance(thing, dict) else thing:
+                if len(thing) <= _LONGEST:
+                    self.visit(part, depth + 1, attribute)
+        elif callable(thing):
             for part in _held(thing):
-                visit(part, depth + 1)
+                self.visit(part, depth + 1, attribute)
+            for holder in (thing, getattr(thing, "__self__", None)):
+                self._attributes(holder, depth)
 
-    visit(field, 0)
-    return list(found.values())
+    def _attributes(self, thing: Any, depth: int) -> None:
+        """Look at what an object holds, but not at all that a class or a module of Python holds."""
+        if isinstance(thing, (type, types.ModuleType)):
+            return
+        for name, value in getattr(thing, "__dict__", {}).items():
+            if name not in _MODULE:
+                self.visit(value, depth + 1, True)
 
 
 def _held(thing: Any) -> list[Any]:
     """What a function or method refers to."""
-    held = [thing.__self__] if getattr(thing, "__self__", None) is not None else []
+    held = [owner] if callable(owner := getattr(thing, "__self__", None)) else []
     wrapped = getattr(thing, "__wrapped__", None) or getattr(thing, "__func__", None)
     held += [wrapped] if wrapped is not None else []
     for cell in getattr(thing, "__closure__", None) or ():

@@ -26,6 +26,7 @@ class Taken(NamedTuple):
         dense: whether its dense output is asked for.
         replace: (batch,) the row that each row is replaced by before the step: samples that have ended go on as copies
             of one that has not, and their values are dropped. None where nothing is replaced.
+        waits: (batch,) which samples take no step, so that their states and carries stay; None where all take one.
     """
 
     t: Time
@@ -35,6 +36,7 @@ class Taken(NamedTuple):
     restart: bool | Tensor
     dense: bool
     replace: Tensor | None = None
+    waits: Tensor | None = None
 
 
 @dataclasses.dataclass

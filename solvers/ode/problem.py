@@ -153,14 +153,21 @@ class Keeper:
         self._segments, self._stride = segments, 1
         self.kept: list[tuple[int, Tensor, Carry]] = []
 
-    def offer(self, index: int, y: Tensor, carry: Carry) -> None:
-        """To be called before every step, in order."""
+    def offer(self, index: int, y: Tensor, carry: Carry, breaks: bool = False) -> None:
+        """To be called before every step, in order, with the state and carry that the step before left behind.
+
+        `breaks` says that the step starts from something else: a carry made anew, or a state some rows of which are
+        replaced.
+        """
         if index % self._stride:
             return
         self.kept.append((index, y, carry))
         if len(self.kept) > (self._segments or 2 * self._stride):
             self._stride *= 2
             self.kept = [entry for entry in self.kept if entry[0] % self._stride == 0]
+
+    def close(self, y: Tensor, carry: Carry) -> None:
+        """To be called with what the last step left behind."""
 
     def renumber(self, indices: list[int]) -> None:
         """Number the kept states anew, for a mesh with other indices."""

@@ -91,7 +91,8 @@ class Tape:
         self.sums.evaluations += 1
         if out.requires_grad:
             # A field that differentiates with respect to time makes it a leaf by itself.
-            self.sums.externals.check(out, (leaf, time), self._began, lambda: f"At t = {t}")
+            own = (leaf, time) if time.requires_grad else (leaf,)
+            self.sums.externals.check(out, own, self._began, lambda: f"At t = {t}")
         return out, leaf, time if self.timed else None
 
     def pull(self, record: Record, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None]:

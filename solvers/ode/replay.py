@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .mesh import Mesh
@@ -39,5 +40,10 @@ def replay(
         step = method.step(rhs, t, y, h, carry)
         if taken.dense:
             dense[index] = method.dense(rhs, t, y, h, step)
-        y, carry = step.y, step.carry
+        if taken.waits is None:
+            y, carry = step.y, step.carry
+        else:
+            stays = taken.waits.unsqueeze(-1)
+            y = torch.where(stays, y, step.y)
+            carry = tuple(torch.where(stays, old, new) for old, new in zip(carry, step.carry))
     return y, carry, dense

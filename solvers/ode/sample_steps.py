@@ -93,7 +93,7 @@ class SampleSteps:
         h, memory = self._first_steps(t, y, carry), None
         moves = steady = fresh = torch.ones_like(active)
         stop = torch.zeros_like(self.status)
-        stopped = ~active
+        stopped, breaks = ~active, True
         if self.tracker is not None:
             self.tracker.start(t, y)
         history: History = ()
@@ -129,8 +129,8 @@ class SampleSteps:
             arrived = accepted & lands
             self.tried.append(_Tried(t, step_h, accepted, torch.where(arrived, kind, FREE), moves, fresh))
             if self.keeper is not None:
-                self.keeper.offer(iteration, y, handed)
-            bare = step.carry
+                self.keeper.offer(iteration, y, handed, breaks)
+            bare, breaks = step.carry, False
             new_t = torch.where(lands, target, t + step_h)
             crossings = self.tracker.crossings(new_t, step.y, accepted) if self.tracker else []
             dense = method.dense(rhs, t, y, step_h, step) if interpolate or observe or crossings else None
@@ -170,7 +170,7 @@ class SampleSteps:
                 target, kind, jump = (x.gather(1, stop[:, None])[:, 0] for x in (self.stops, self.kinds, self.jumps))
                 if any_true(leaps):
                     t = torch.where(leaps, self._leap(stop - 1), t)
-                    fresh = fresh | leaps
+                    fresh, breaks = fresh | leaps, True
                     carry = renewed(method, rhs, t, y, carry, leaps)
             self.status = torch.where(done & ~stopped, int(Status.CONVERGED), self.status)
             active = active & ~done & ~lost & ~stopped
@@ -182,6 +182,8 @@ class SampleSteps:
             if news != 1 and not any_true(active):
                 break
         self._flush(t)
+        if self.keeper is not None:
+            self.keeper.close(y, handed)
         return self._report(t, y, h)
 
     def _begin(self) -> tuple[Tensor, Tensor, Carry, Tensor]:
@@ -345,7 +347,8 @@ class LinedUp:
         lands, moves, fresh = lined("lands", zeros.long()), lined("moves", no), lined("fresh", no)
         asked = torch.zeros(self.count, dtype=torch.bool, device=self._device)
         asked[picks.flatten()] = True
-        flags = torch.stack([asked, fresh.any(1)]).tolist()
+        waits = h == 0
+        flags = torch.stack([asked, fresh.any(1), waits.any(1)]).tolist()
         return [
             Taken(
                 t[i],
@@ -355,6 +358,7 @@ class LinedUp:
                 i == 0 or (fresh[i] if flags[1][i] else False),
                 flags[0][i],
                 replace if i == 0 else None,
+                waits[i] if flags[2][i] else None,
             )
             for i in range(self.count)
         ]

@@ -135,7 +135,7 @@ class SharedSteps:
             if problem.observe is not None:
                 problem.observe(t, step_h, self.dense[-1] if wanted else method.dense(rhs, t, y, step_h, step))
             if self.keeper is not None:
-                self.keeper.offer(self.accepted, *handed)
+                self.keeper.offer(self.accepted, *handed, restart or self.replace is not None)
             self.steps.append(Taken(t, step_h, lands, moves, restart, wanted, self.replace))
             self.replace = None
             self.accepted += 1
@@ -155,10 +155,12 @@ class SharedSteps:
                 if stop == len(self.stops):
                     break
                 if jump is not None:
-                    t, carry, handed, restart = jump, (), (y, ()), True
+                    t, carry, restart = jump, (), True
         done = stop == len(self.stops)
         self._end(self._living(), Status.CONVERGED if done else Status.MAX_STEPS, t, h)
-        return self._report(y, h)
+        if self.keeper is not None:
+            self.keeper.close(*handed)
+        return self._report(handed[0], h)
 
     def _first_step(self, t: float, y: Tensor, carry: Carry) -> float:
         given = self.control.first_step if self.problem.first_step is None else float(self.problem.first_step)

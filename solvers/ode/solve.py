@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..adjoint.shared import CheckpointAdjoint
+from ..adjoint.shared import CheckpointAdjoint, ReversibleAdjoint
 from ..options import require, suggest
 from ..solution import Stats, Status
 from ..transforms import plain
 from ..tree import StateSpec, flatten
 from .adjoint import Adjoint, Outcome, Task
 from .adjoint_checkpoint import CheckpointedTrajectory
+from .adjoint_reversible import ReversibleTrajectory
 from .control import Controller, PIDController
 from .events import Event, EventInfo, assemble
 from .explicit import Tsit5
@@ -38,7 +39,7 @@ def solve_ode(
     *,
     solver: Method | None = None,
     controller: Controller | None = None,
-    adjoint: Adjoint | CheckpointAdjoint | None = None,
+    adjoint: Adjoint | CheckpointAdjoint | ReversibleAdjoint | None = None,
     rtol: float | int = 1e-5,
     atol: float | int = 1e-7,
     max_steps: int = 10_000,
@@ -141,7 +142,7 @@ def finish(problem: Problem, adjoint: Adjoint, throw: bool | str) -> ODESolution
     return solution
 
 
-def resolve_adjoint(adjoint: Adjoint | CheckpointAdjoint) -> Adjoint:
+def resolve_adjoint(adjoint: Adjoint | CheckpointAdjoint | ReversibleAdjoint) -> Adjoint:
     """The way in which `adjoint` differentiates a trajectory.
 
     Raises:
@@ -149,6 +150,8 @@ def resolve_adjoint(adjoint: Adjoint | CheckpointAdjoint) -> Adjoint:
     """
     if isinstance(adjoint, CheckpointAdjoint):
         return CheckpointedTrajectory(adjoint)
+    if isinstance(adjoint, ReversibleAdjoint):
+        return ReversibleTrajectory(adjoint)
     require(adjoint, Adjoint, "adjoint")
     return adjoint
 
