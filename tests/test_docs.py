@@ -17,7 +17,7 @@ LOAD, REUSE = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 def test_the_example_that_loads_a_model():
     names = {}
     exec(LOAD, names)
-    accuracy = (names["classes"] == torch.tensor(load_digits().target[1198:])).double().mean()
+    accuracy = (names["classes"] == torch.tensor(load_digits().target[2::3])).double().mean()
     assert float(accuracy) == pytest.approx(names["card"].metrics["accuracy"], abs=1e-3)
 
 
