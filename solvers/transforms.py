@@ -1,4 +1,4 @@
-"""Looking through torch.func: control flow needs the plain values under grad and vmap wrappers."""
+"""Looking through torch.func, whose wrappers hide the values that control flow needs, and past autocast."""
 
 from __future__ import annotations
 
@@ -63,3 +63,23 @@ def no_derivatives() -> Iterator[None]:
     """Neither reverse-mode graphs nor forward-mode tangents are recorded inside."""
     with torch.no_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(False):
         yield
+
+
+def autocast_type(device: torch.device) -> torch.dtype | None:
+    """The type that autocast computes in on this device; None where it is off."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def autocast_to(dtype: torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Autocast to this type, or none.
+
+    A solver's own products are not what autocast is for: it would round the residuals that they tell apart.
+    """
+    if autocast_type(device) == dtype:
+        return contextlib.nullcontext()
+    if dtype is None:
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, dtype)

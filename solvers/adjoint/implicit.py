@@ -17,7 +17,7 @@ from ..fixed_point.problem import Problem, operator_of_recording
 from ..linear import Auto, LinearOperator, LinearSolver
 from ..options import options, require
 from ..solution import AdjointWarning, Solution, SolverError, Stats, Status
-from ..transforms import any_true, derivative_levels, inside_transform, no_derivatives
+from ..transforms import any_true, autocast_to, derivative_levels, inside_transform, no_derivatives
 from ..tree import norms
 from .base import RestPointAdjoint, forward_level
 from .coupling import coupled, doubtful, solve_jointly
@@ -84,7 +84,7 @@ class ImplicitAdjoint(RestPointAdjoint):
             if not _reaches_beyond(out, leaf):
                 return z
             operator = operator_of_recording(problem, point, out)
-            solve = _Solver(self, operator, inverse, report, _resolution(z))
+            solve = _Solver(self, operator, inverse, report, _resolution(problem, z))
             value = z + self._correct(_residual(problem, out, z), solve)
             if self.order == 2:
                 value = value + self._correct(problem.residual(_Second.apply(value)), solve)
@@ -224,7 +224,8 @@ class _Solver:
         if not bool(healthy.all()):
             # A NaN in the loss stays visible in the gradient, as in any backward pass, but only in its row.
             right = torch.where(healthy, right, 0.0)
-        solution = self._solve(operator, right, transposed)
+        with autocast_to(None, b.device):
+            solution = self._solve(operator, right, transposed)
         self.report(solution.stats)
         value = solution.value if bool(healthy.all()) else torch.where(healthy, solution.value, float("nan"))
         return value.to(b.dtype)
@@ -263,10 +264,9 @@ class _Solver:
         return ~solution.converged & ~(solution.stats.residual <= rounding)
 
 
-def _resolution(z: Tensor) -> float:
+def _resolution(problem: Problem, z: Tensor) -> float:
     """Relative rounding of an evaluation at z: that of its type, or of autocast's."""
-    kind = z.device.type
-    types = [z.dtype, torch.get_autocast_dtype(kind)] if torch.is_autocast_enabled(kind) else [z.dtype]
+    types = (z.dtype,) if problem.autocast is None else (z.dtype, problem.autocast)
     return max(torch.finfo(dtype).eps for dtype in types)
 
 

@@ -109,7 +109,7 @@ def _unlabelled(carry: Carry) -> Carry:
 class _Replayed(Problem):
     """A problem whose evaluations keep no activations."""
 
-    walk: _Walk
+    walk: _Walk = dataclasses.field(kw_only=True)
 
     def evaluate(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """As `Problem.evaluate`, recorded without activations."""

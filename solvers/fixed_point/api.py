@@ -17,6 +17,7 @@ from ..adjoint.shared import CheckpointAdjoint, ReversibleAdjoint
 from ..adjoint.taped import CheckpointedSteps
 from ..options import require
 from ..solution import Solution, Stats
+from ..transforms import autocast_to, autocast_type
 from ..tree import StateError, flatten
 from .anderson import Anderson
 from .driver import Budget, stats_of
@@ -136,7 +137,8 @@ def _solve(
         matrix = matrix.clone()
     if spec.size == 0:
         raise StateError(f"{'x0' if root else 'z0'}: a sample of the initial value holds no numbers.")
-    problem = Problem(function, tuple(args), spec, root, "residual(x)" if root else "f(z)")
+    autocast = autocast_type(matrix.device)
+    problem = Problem(function, tuple(args), spec, root, "residual(x)" if root else "f(z)", autocast)
     memory = None
     if warm is not None and isinstance(warm.warm, tuple) and warm.warm[0] == solver and warm.warm[2] == len(matrix):
         memory = warm.warm[1]
@@ -151,7 +153,8 @@ def _solve(
             target.adjoint_stats = backward
 
     task = Task(problem, matrix, solver, budget, memory, trajectory, report)
-    carry = _adjoint(adjoint).solve(task)
+    with autocast_to(None, matrix.device):
+        carry = _adjoint(adjoint).solve(task)
     solution.value = spec.unflatten(carry.value)
     solution.stats = stats_of(carry)
     solution.warm = (solver, solver.lasting(carry.memory), len(carry.value))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..linear.operator import LinearOperator
-from ..transforms import inside_transform, no_derivatives
+from ..transforms import autocast_to, inside_transform, no_derivatives
 from ..tree import StateError, StateSpec
 
 DENSE_LIMIT = 2048
@@ -31,6 +31,7 @@ class Problem:
         spec: how the state lies in the matrix.
         root: True for F(x) = 0.
         name: how errors call the function.
+        autocast: the type that the function is to be autocast to, or None.
     """
 
     function: Callable[..., Any]
@@ -38,6 +39,7 @@ class Problem:
     spec: StateSpec
     root: bool
     name: str
+    autocast: torch.dtype | None = None
 
     def output(self, z: Tensor) -> Tensor:
         """f(z) or F(z) as a matrix.
@@ -46,8 +48,9 @@ class Problem:
             StateError: the function returned another structure, shape, dtype or device, or wrote into its argument.
         """
         version = z._version
-        state = self.function(self.spec.unflatten(z), *self.args)
-        out = self.spec.flatten(state, self.name, cast=torch.is_autocast_enabled(z.device.type))
+        with autocast_to(self.autocast, z.device):
+            state = self.function(self.spec.unflatten(z), *self.args)
+        out = self.spec.flatten(state, self.name, cast=self.autocast is not None)
         if len(out) != len(z):
             raise StateError(
                 f"{self.name}: expected a batch of {len(z)} as in the initial value, got {len(out)}. A batch of one is "

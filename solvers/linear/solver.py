@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..options import options
 from ..solution import Solution, Stats, Status
-from ..transforms import no_derivatives
+from ..transforms import autocast_to, no_derivatives
 from .operator import LinearOperator
 
 Map = Callable[[Tensor], Tensor]
@@ -55,7 +55,7 @@ class LinearSolver(abc.ABC):
         _check(operator, b, "b")
         if x0 is not None:
             _check(operator, x0, "x0")
-        with no_derivatives():
+        with no_derivatives(), autocast_to(None, operator.device):
             low = operator.dtype in _HALF or b.dtype in _HALF
             dtype = torch.float32 if low else b.dtype
             # Scaled by the largest entry: a float32 gradient of 1e-25 has squares that underflow, and is solved all the
