@@ -1,0 +1,19 @@
+"""Distributions over structures: what is most probable, how probable is a part, and how both change."""
+
+from .alignment import Alignment
+from .chain import ChainMarginals, HiddenMarkov, LinearChain
+from .constituency import Constituency
+from .distribution import Structured
+from .semi_markov import Segmentation, SegmentMarginals, SemiMarkov
+
+__all__ = [
+    "Alignment",
+    "ChainMarginals",
+    "Constituency",
+    "HiddenMarkov",
+    "LinearChain",
+    "SegmentMarginals",
+    "Segmentation",
+    "SemiMarkov",
+    "Structured",
+]
