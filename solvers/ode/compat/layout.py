@@ -26,7 +26,9 @@ class Layout:
         device: the row's device.
     """
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, broadcasts: bool = False) -> None:
+        """`broadcasts` says whether derivatives may broadcast to the shape of a tensor state."""
+        self._broadcasts = broadcasts
         self.single = isinstance(state, Tensor)
         tensors = (state,) if isinstance(state, Tensor) else state
         self.shapes = tuple(tensor.shape for tensor in tensors)
@@ -39,10 +41,16 @@ class Layout:
         self._whole = self.shapes[0]
 
     def pack(self, state: Any) -> Tensor:
-        """The row of a state, or of a derivative, which may broadcast to the state's shape."""
+        """The row of a state or of a derivative.
+
+        Raises:
+            RuntimeError: a tensor of another shape.
+        """
         if not self.single:
             return self.join([tensor.reshape(-1) for tensor in state])
         if state.shape != self._whole:
+            if not self._broadcasts:
+                raise RuntimeError(f"func returned shape {tuple(state.shape)}, expected y0's, {tuple(self._whole)}.")
             state = state.expand(self._whole)
         if state.dtype is self.real:
             row: Tensor = state.reshape(1, -1)
@@ -81,10 +89,13 @@ class ErrorNorm:
     The norm is the root mean square; over a tuple the largest one of its tensors; or one that the caller gave.
     """
 
-    def __init__(self, layout: Layout, rtol: Any, atol: Any, norm: Norm | None) -> None:
-        """`rtol` and `atol` are numbers, or rows (1, entries)."""
-        self.layout, self.rtol, self.atol, self.norm = layout, rtol, atol, norm
-        self._weights = [1 / math.sqrt(max(size, 1)) for size in layout.sizes]
+    def __init__(
+        self, layout: Layout, rtol: Any, atol: Any, norm: Norm | None = None, controlled: int | None = None
+    ) -> None:
+        """`rtol` and `atol` are numbers, or rows (1, entries); only the first `controlled` tensors of a tuple count."""
+        self.layout, self.rtol, self.atol, self.norm, self._controlled = layout, rtol, atol, norm, controlled
+        roots = [1 / math.sqrt(max(size, 1)) for size in layout.sizes[:controlled]]
+        self._roots = torch.tensor(roots, dtype=layout.real, device=layout.device)
 
     def size(self, row: Tensor) -> Tensor:
         """Magnitudes of a row's entries."""
@@ -96,9 +107,9 @@ class ErrorNorm:
         if self.norm is not None:
             return _number(self.norm(self.layout.split(scaled[0])))
         if self.layout.single:
-            return _number(torch.linalg.vector_norm(scaled)) * self._weights[0]
-        norms = [torch.linalg.vector_norm(part) for part in scaled[0].split(self.layout.sizes)]
-        return max(map(math.prod, zip(torch.stack(norms).tolist(), self._weights)))
+            return _number(torch.linalg.vector_norm(scaled)) / math.sqrt(max(scaled.shape[-1], 1))
+        norms = [torch.linalg.vector_norm(part) for part in scaled[0].split(self.layout.sizes)[: self._controlled]]
+        return _number((torch.stack(norms) * self._roots).max())
 
 
 def _number(value: Any) -> float:
