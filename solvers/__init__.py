@@ -38,6 +38,9 @@ from .ode import (
     Ralston,
     TimeError,
     Tsit5,
+    odeint,
+    odeint_adjoint,
+    odeint_event,
     solve_ode,
 )
 from .solution import AdjointWarning, Solution, SolverError, SolverWarning, Stats, Status
@@ -89,6 +92,9 @@ __all__ = [
     "UnrollAdjoint",
     "fixed_point",
     "linear_solve",
+    "odeint",
+    "odeint_adjoint",
+    "odeint_event",
     "root",
     "solve_ode",
 ]

@@ -12,13 +12,14 @@ How the parts fit:
   backwards; `externals.py` finds the tensors that a field closes over.
 - `adjoint.py`: an adjoint turns a `Task` into an `Outcome`, whose final state and dense outputs carry derivatives.
 - `interpolation.py` evaluates dense outputs, in ordinary operations outside of the adjoint.
-- `solve.py`: `solve_ode`.
+- `solve.py`: `solve_ode`. `compat/`: the interface of torchdiffeq.
 """
 
 from ..adjoint.shared import CheckpointAdjoint, ReversibleAdjoint
 from .adjoint import Adjoint, DirectAdjoint
 from .adjoint_backsolve import BacksolveAdjoint
 from .adjoint_interpolated import InterpolatedAdjoint
+from .compat import odeint, odeint_adjoint, odeint_event
 from .control import ConstantController, Controller, IController, PIController, PIDController
 from .esdirk import ESDIRK, ImplicitEuler, Kvaerno3, Kvaerno5
 from .events import Event, EventInfo
@@ -75,5 +76,8 @@ __all__ = [
     "TimeError",
     "Tsit5",
     "Yoshida4",
+    "odeint",
+    "odeint_adjoint",
+    "odeint_event",
     "solve_ode",
 ]
