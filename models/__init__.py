@@ -2,5 +2,7 @@
 
 from .deq import DEQ
 from .dropout import VariationalDropout
+from .flow import ContinuousFlow
+from .ode import NeuralODE
 
-__all__ = ["DEQ", "VariationalDropout"]
+__all__ = ["DEQ", "ContinuousFlow", "NeuralODE", "VariationalDropout"]

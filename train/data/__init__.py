@@ -2,6 +2,7 @@
 
 from .augment import Affine
 from .batches import Batches
+from .density import PlaneDensity, PointBatches, PointSource
 from .digits import digits
 from .mnist import mnist
 from .source import DATASETS, DataError, ImageSet, Source, load_data, register_data
@@ -12,6 +13,9 @@ __all__ = [
     "Batches",
     "DataError",
     "ImageSet",
+    "PlaneDensity",
+    "PointBatches",
+    "PointSource",
     "Source",
     "digits",
     "load_data",

@@ -1,6 +1,7 @@
 """What a model is trained for: one class a task."""
 
 from .classification import ImageClassification
+from .density import DensityEstimation
 from .task import Outcome, Task
 
-__all__ = ["ImageClassification", "Outcome", "Task"]
+__all__ = ["DensityEstimation", "ImageClassification", "Outcome", "Task"]

@@ -1,0 +1,90 @@
+"""Density estimation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...models.flow import ContinuousFlow
+from ...solvers.options import options
+from ..data.density import Points
+from .task import Outcome, Task
+
+
+@options
+class DensityEstimation(Task):
+    """Negative log-likelihood, and for continuous flows what makes them cheap to train and to follow.
+
+    Any model that offers `log_prob` can be trained; the options below apply to a `ContinuousFlow`.
+
+    Attributes:
+        matching: so many steps of the optimiser go by flow matching, which needs no solve, before the likelihood's.
+        kinetic: weight of the mean integral of |dy/dt|^2; 0 for none.
+        jacobian: weight of the mean integral of the squared Frobenius norm of the field's Jacobian; 0 for none.
+
+    Source: flow matching: Lipman et al. 2023; the two weights: Finlay et al. 2020 (RNODE), equation 7.
+    """
+
+    matching: int = 0
+    kinetic: float = 0.0
+    jacobian: float = 0.0
+
+    kind = "density"
+    metric = "log_likelihood"
+
+    def losses(self, model: nn.Module, batch: Points, step: int) -> Outcome:
+        """Negative log-likelihood of a batch, in nats a point, and the regularisers."""
+        points, _ = batch
+        if not isinstance(model, ContinuousFlow):
+            loss = -model.log_prob(points).mean()  # type: ignore[operator]
+            return Outcome(loss, {"nll": float(loss.detach())})
+        if step < self.matching:
+            loss = model.matching_loss(points).mean()
+            return Outcome(loss, {"matching": float(loss.detach())})
+        energies = self.kinetic > 0 or self.jacobian > 0
+        carried = model.transport(points, energies=energies)
+        loss = -(model.base_log_prob(carried.value) + carried.log_det).mean()
+        metrics = {"nll": float(loss.detach())}
+        if carried.kinetic is not None and carried.jacobian is not None:
+            kinetic, jacobian = carried.kinetic.mean(), carried.jacobian.mean()
+            metrics |= {"kinetic": float(kinetic.detach()), "jacobian": float(jacobian.detach())}
+            loss = loss + self.kinetic * kinetic + self.jacobian * jacobian
+        return Outcome(loss, metrics, [carried.solution])
+
+    def evaluate(self, model: nn.Module, batches: Iterable[Points]) -> dict[str, float]:
+        """Likelihood of points whose true density is known.
+
+        Returns:
+            In nats a point: log_likelihood of the model; nll, its negative; true_nll, what the true density itself
+            reaches on the same points; divergence, their difference: an unbiased estimate of the Kullback-Leibler
+            divergence of the model from the truth, and its standard error. For continuous flows also evaluations
+            (mean a point).
+        """
+        was_training = model.training
+        model.eval()
+        found: list[Tensor] = []
+        truth: list[Tensor] = []
+        evaluations: list[Tensor] = []
+        with torch.no_grad():
+            for points, log_p in batches:
+                if isinstance(model, ContinuousFlow):
+                    carried = model.transport(points)
+                    found.append((model.base_log_prob(carried.value) + carried.log_det).double())
+                    evaluations.append(carried.solution.stats.evaluations.double())
+                else:
+                    found.append(model.log_prob(points).double())  # type: ignore[operator]
+                truth.append(log_p.double())
+        model.train(was_training)
+        log_q, gap = torch.cat(found), torch.cat(truth) - torch.cat(found)
+        result: dict[str, Any] = {
+            "log_likelihood": float(log_q.mean()),
+            "nll": -float(log_q.mean()),
+            "true_nll": -float(torch.cat(truth).mean()),
+            "divergence": float(gap.mean()),
+            "divergence_error": float(gap.std()) / math.sqrt(len(gap)),
+        }
+        return {**result, "evaluations": float(torch.cat(evaluations).mean())} if evaluations else result
