@@ -59,7 +59,7 @@ def train(config: Config, command: str = "") -> dict[str, float]:
     folder.mkdir(parents=True, exist_ok=True)
 
     # Data
-    source = load_data(config.data.name, config.data_dir)
+    source: Source | PointSource = load_data(config.data.name, config.data_dir)
     batches, held_out = split_batches(config, source)
 
     # Model: `shipped` is what evaluation and export see, with the averaged weights and the solver of `arguments`.

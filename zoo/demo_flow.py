@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -15,9 +15,6 @@ from torch import Tensor
 from ..models.flow import FFJORD
 from .factory import create_model
 from .registry import load_card
-
-if TYPE_CHECKING:
-    from ..train.data import PlaneDensity
 
 NAMES = ("ffjord_small.checkerboard", "ffjord_small.pinwheel")
 GRID = 120
@@ -85,13 +82,12 @@ def _portrait(name: str) -> Portrait:
     return Portrait(name, truth.extent, exact, density.view(shape), samples, nll, true_nll)
 
 
-def _density(data: str) -> PlaneDensity:
+def _density(data: str) -> Any:
+    """The `PlaneDensity` of that name."""
     # The data sets belong to training, which is right of the zoo: only this command, when it runs, may know of it.
-    from ..train.data import PointSource, load_data
+    from ..train.data import load_data
 
-    source = load_data(data)
-    assert isinstance(source, PointSource)
-    return source.density
+    return load_data(data).density
 
 
 def draw(path: Path, portraits: Sequence[Portrait]) -> None:

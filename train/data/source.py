@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from ...solvers.options import suggest
 from ...zoo.cards import ImageInput
+
+Load = TypeVar("Load", bound=Callable[[Path | None], Any])
 
 
 class DataError(ValueError):
@@ -77,16 +79,17 @@ class Source:
         return {"input": ImageInput(shape, self.mean, self.std), "labels": self.classes}  # type: ignore[arg-type]
 
 
-DATASETS: dict[str, Callable[[Path | None], Source]] = {}
+# What they return is a `Source`, or another kind of data with the same properties, such as a `PointSource`.
+DATASETS: dict[str, Callable[[Path | None], Any]] = {}
 
 
-def register_data(load: Callable[[Path | None], Source]) -> Callable[[Path | None], Source]:
-    """Register a function from a data folder, or None, to a `Source` under its own name."""
+def register_data(load: Load) -> Load:
+    """Register a function from a data folder, or None, to a data set, under its own name."""
     DATASETS[load.__name__] = load
     return load
 
 
-def load_data(name: str, data_dir: str | Path | None = None) -> Source:
+def load_data(name: str, data_dir: str | Path | None = None) -> Any:
     """A data set by name.
 
     Args:
