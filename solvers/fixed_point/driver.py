@@ -125,7 +125,7 @@ def advance(problem: Problem, solver: FixedPointSolver, budget: Budget, carry: C
         improving = all_true(ordinary)
         if improving:
             # Every running row got better: there is nothing to freeze, and the best iterates are these.
-            changes = {"best": z, "best_norm": norm, "best_scale": scale, "improved_at": count, "floor": floor}
+            changes: dict[str, Any] = {"best": z, "best_norm": norm, "best_scale": scale, "improved_at": count, "floor": floor}
         else:
             changes = {}
             # An infinite residual is above any limit, but leads nowhere.
