@@ -15,8 +15,16 @@ import torch
 import workloads
 from torch import Tensor
 
-from restpoint.solvers import GMRES, Anderson, Broyden, ImplicitAdjoint, JacobianFreeAdjoint, PhantomAdjoint, Picard
-from restpoint.solvers import fixed_point
+from restpoint.solvers import (
+    GMRES,
+    Anderson,
+    Broyden,
+    ImplicitAdjoint,
+    JacobianFreeAdjoint,
+    PhantomAdjoint,
+    Picard,
+    fixed_point,
+)
 
 STEPS = 30
 TARGETS = {
@@ -63,7 +71,10 @@ def overhead(turns: int) -> None:
     print(f"\nOverhead of {STEPS} iterations over {STEPS} bare evaluations")
     print(f"{'workload':10}{'evaluation':>12}{'method':>12}{'restpoint':>12}{'torchdeq':>12}{'target':>10}")
     peers = {"Picard": "fixed_point_iter", "Anderson": "anderson", "Broyden": "broyden"}
-    for name, (f, z0), rounds in (("mlp", workloads.mlp(0.9), 20 * turns), ("conv", workloads.convolution(0.9), 2 * turns)):
+    for name, (f, z0), rounds in (
+        ("mlp", workloads.mlp(0.9), 20 * turns),
+        ("conv", workloads.convolution(0.9), 2 * turns),
+    ):
 
         def bare(f: Any = f, z: Tensor = z0) -> None:
             for _ in range(STEPS):
@@ -166,7 +177,9 @@ def layer(turns: int) -> None:
     ):
 
         def ours(adjoint: Any = adjoint, rtol: float = rtol) -> list[Tensor]:
-            value = fixed_point(lambda z, x: cell(z, gain, x), z0, (x,), adjoint=adjoint, rtol=rtol, max_steps=100).value
+            value = fixed_point(
+                lambda z, x: cell(z, gain, x), z0, (x,), adjoint=adjoint, rtol=rtol, max_steps=100
+            ).value
             return list(torch.autograd.grad((value * probe).sum(), (gain, x)))
 
         rows.append((f"restpoint, {name}", ours))
@@ -175,7 +188,13 @@ def layer(turns: int) -> None:
     except ImportError:
         print("\n(torchdeq is not installed: no peer for the layer)")
     else:
-        common = {"f_solver": "anderson", "f_max_iter": 100, "b_max_iter": 100, "f_stop_mode": "rel", "b_stop_mode": "rel"}
+        common = {
+            "f_solver": "anderson",
+            "f_max_iter": 100,
+            "b_max_iter": 100,
+            "f_stop_mode": "rel",
+            "b_stop_mode": "rel",
+        }
         for name, options in (
             ("implicit 1e-5", {"ift": True, "f_tol": 1e-5, "b_tol": 1e-5, "b_solver": "anderson"}),
             ("implicit 1e-3", {"ift": True, "f_tol": 1e-3, "b_tol": 1e-3, "b_solver": "anderson"}),
@@ -200,7 +219,12 @@ def _reference(probe: Tensor, batch: int, width: int, radius: float) -> list[Ten
     """The gradient in float64, by unrolling to convergence."""
     f, _ = workloads.mlp(radius, batch, width)
     closure = {n: c.cell_contents for n, c in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True)}  # type: ignore[attr-defined]
-    first, second, x0, scale = closure["first"].double(), closure["second"].double(), closure["x"].double(), closure["scale"]
+    first, second, x0, scale = (
+        closure["first"].double(),
+        closure["second"].double(),
+        closure["x"].double(),
+        closure["scale"],
+    )
     gain = torch.ones(width, dtype=torch.float64, requires_grad=True)
     x = torch.zeros(batch, width, dtype=torch.float64, requires_grad=True)
     z = torch.zeros(batch, width, dtype=torch.float64)

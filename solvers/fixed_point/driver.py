@@ -125,7 +125,13 @@ def advance(problem: Problem, solver: FixedPointSolver, budget: Budget, carry: C
         improving = all_true(ordinary)
         if improving:
             # Every running row got better: there is nothing to freeze, and the best iterates are these.
-            changes: dict[str, Any] = {"best": z, "best_norm": norm, "best_scale": scale, "improved_at": count, "floor": floor}
+            changes: dict[str, Any] = {
+                "best": z,
+                "best_norm": norm,
+                "best_scale": scale,
+                "improved_at": count,
+                "floor": floor,
+            }
         else:
             changes = {}
             # An infinite residual is above any limit, but leads nowhere.
@@ -230,18 +236,14 @@ def settle(carry: Carry) -> Carry:
     )
 
 
-def iterate(
-    problem: Problem, solver: FixedPointSolver, budget: Budget, carry: Carry, compact: bool = True
-) -> Carry:
+def iterate(problem: Problem, solver: FixedPointSolver, budget: Budget, carry: Carry, compact: bool = True) -> Carry:
     """Run to the end, taking finished rows out of the batch where that is possible and pays.
 
     Args:
         compact: allow that. It needs `problem.divisible`, is off under torch.func and where a trajectory is kept.
     """
     batch = len(carry.z)
-    compact = (
-        compact and batch > 1 and not inside_transform() and carry.trajectory is None and problem.divisible(batch)
-    )
+    compact = compact and batch > 1 and not inside_transform() and carry.trajectory is None and problem.divisible(batch)
     result, rows, tried = carry, None, False
     while carry.count < budget.max_steps and carry.running():
         carry = advance(problem, solver, budget, carry)

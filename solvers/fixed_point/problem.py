@@ -172,6 +172,4 @@ def operator_of_recording(problem: Problem, point: Tensor, out: Tensor) -> Linea
     else:
         matvec, rmatvec = (lambda v: v - push(v)), (lambda v: v - pull(v))
     wide = torch.float32 if point.dtype in (torch.float16, torch.bfloat16) else point.dtype
-    return LinearOperator(
-        matvec, rmatvec, batch=len(point), size=point.shape[1], dtype=wide, device=point.device
-    )
+    return LinearOperator(matvec, rmatvec, batch=len(point), size=point.shape[1], dtype=wide, device=point.device)
