@@ -89,7 +89,7 @@ class ESDIRK(Method):
             if equations.hopeless:
                 stages += stages[-1:] * (tableau.stages - len(stages))
                 break
-        solution, carry = self._end(y, h, first, stages)
+        solution, carry = self._end(y, h, stages)
         assert tableau.error is not None
         error = weighted(stages, tableau.error, 1.0)
         if self.filtered:
@@ -103,18 +103,14 @@ class ESDIRK(Method):
         for row, c, root in zip(tableau.a[1:], tableau.c[1:], found.stages[1:]):
             base = y + weighted(stages, row, 1.0)
             stages.append(attach(rhs, t + c * h, base, gamma, h, root, self.newton.dense_size))
-        solution, carry = self._end(y, h, first, stages)
+        solution, carry = self._end(y, h, stages)
         return Step(solution, found.error, carry, None, found.failed, stages)
 
-    def _end(self, y: Tensor, h: Time, first: Tensor, stages: list[Tensor]) -> tuple[Tensor, Carry]:
+    def _end(self, y: Tensor, h: Time, stages: list[Tensor]) -> tuple[Tensor, Carry]:
         """The solution, and its derivative as the last stage knows it."""
-        solution = y + weighted(stages, self.tableau.b, 1.0)
-        if not isinstance(h, Tensor) or not h.ndim:
-            return solution, (stages[-1] / column(h, y),)
-        # Samples that wait keep what they have; their length must not be zero even where it is not used.
-        waits = h == 0
-        rate = stages[-1] / column(torch.where(waits, 1.0, h), y)
-        return solution, (torch.where(waits.unsqueeze(1), first, rate),)
+        # Samples that wait take steps of no length; what becomes of their carry is not used.
+        length = torch.where(h == 0, 1.0, h) if isinstance(h, Tensor) and h.ndim else h
+        return y + weighted(stages, self.tableau.b, 1.0), (stages[-1] / column(length, y),)
 
     def dense(self, rhs: Rhs, t: Time, y: Tensor, h: Time, step: Step) -> Tensor:
         """By the tableau's interpolant, at no further evaluation."""
