@@ -1,14 +1,40 @@
-"""Looking through torch.func, whose wrappers hide the values that control flow needs, and past autocast."""
+"""Looking through torch.func, whose wrappers hide the values that control flow needs, past autocast and compilation."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def not_compiled(function: Callable[P, T]) -> Callable[P, T]:
+    """`function`, which torch.compile leaves alone: it breaks the graph once, and not at each decision of a loop.
+
+    What is compiled by itself and called inside stays compiled.
+    """
+    disabled: list[Callable[P, T]] = []
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        # The compiler takes seconds to import. Where nobody has done so, nothing is being compiled.
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function, reason="the steps of a solver depend on the data"))
+        return disabled[0](*args, **kwargs)
+
+    run._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return run
 
 
 def inside_transform() -> bool:

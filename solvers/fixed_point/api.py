@@ -17,7 +17,7 @@ from ..adjoint.shared import CheckpointAdjoint, ReversibleAdjoint
 from ..adjoint.taped import CheckpointedSteps
 from ..options import require
 from ..solution import Solution, Stats
-from ..transforms import autocast_to, autocast_type
+from ..transforms import autocast_to, autocast_type, not_compiled
 from ..tree import StateError, flatten
 from .anderson import Anderson
 from .driver import Budget, stats_of
@@ -28,6 +28,7 @@ from .problem import Problem
 AnyAdjoint = Adjoint | CheckpointAdjoint | ReversibleAdjoint
 
 
+@not_compiled
 def fixed_point(
     f: Callable[..., Any],
     z0: Any,
@@ -46,6 +47,8 @@ def fixed_point(
     Samples stop one by one. A sample that has converged or broken is frozen and touches no other; where every tensor
     in `args` has the batch in front, finished samples are taken out and cost no further evaluation. What `f` closes
     over is shared by all samples, and then rows are only frozen.
+
+    The steps depend on the data, so torch.compile leaves the solve alone: compile `f`, and the model around it.
 
     Args:
         f: takes the state and `args`, returns a state of the same structure, shapes, dtypes and device.
@@ -76,6 +79,7 @@ def fixed_point(
     return _solve(f, z0, args, solver, adjoint, rtol, atol, max_steps, throw, trajectory, root=False)
 
 
+@not_compiled
 def root(
     residual: Callable[..., Any],
     x0: Any,
