@@ -3,6 +3,7 @@
 from .alignment import Alignment
 from .chain import ChainMarginals, HiddenMarkov, LinearChain
 from .constituency import Constituency
+from .dependency import DependencyTree
 from .distribution import Structured
 from .semi_markov import Segmentation, SegmentMarginals, SemiMarkov
 
@@ -10,6 +11,7 @@ __all__ = [
     "Alignment",
     "ChainMarginals",
     "Constituency",
+    "DependencyTree",
     "HiddenMarkov",
     "LinearChain",
     "SegmentMarginals",

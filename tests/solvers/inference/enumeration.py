@@ -199,6 +199,45 @@ def alignment(n: int, m: int, lengths: tuple[int, ...]) -> Case:
     )
 
 
+# Dependency trees
+
+
+def _is_tree(heads: tuple[int, ...]) -> bool:
+    for node in range(1, len(heads) + 1):
+        for _ in heads:
+            node = heads[node - 1] if node else 0
+        if node:
+            return False
+    return True
+
+
+def _crosses(heads: tuple[int, ...]) -> bool:
+    arcs = [tuple(sorted((h, m))) for m, h in enumerate(heads, 1)]
+    return any(a < c < b < d for a, b in arcs for c, d in arcs)
+
+
+def _arcs(heads: tuple[int, ...]) -> Indices:
+    return ([(h, m) for m, h in enumerate(heads, 1)],)
+
+
+def dependency(length: int, lengths: tuple[int, ...], projective: bool, single_root: bool) -> Case:
+    def trees(n: int) -> Iterator[Indices]:
+        for heads in itertools.product(range(n + 1), repeat=n):
+            if _is_tree(heads) and not (projective and _crosses(heads)) and not (single_root and heads.count(0) > 1):
+                yield _arcs(heads)
+
+    return Case(
+        ("projective" if projective else "spanning") + (" single" if single_root else " multi"),
+        ((length + 1, length + 1),),
+        lengths,
+        lambda parts, lengths: inference.DependencyTree(
+            parts[0], lengths, projective=projective, single_root=single_root
+        ),
+        trees,
+        lambda structure, n: _arcs(tuple(structure[:n].tolist())),
+    )
+
+
 CASES = [
     chain(4, 3, (4, 2, 1)),
     chain(5, 2, (4, 5), parallel=True),
@@ -208,4 +247,8 @@ CASES = [
     constituency(4, 2, (4, 3, 1)),
     constituency(5, 1, (5, 2)),
     alignment(4, 3, (4, 2)),
+    dependency(4, (4, 3, 1), projective=True, single_root=True),
+    dependency(4, (4, 2), projective=True, single_root=False),
+    dependency(4, (4, 3, 1), projective=False, single_root=True),
+    dependency(4, (4, 2), projective=False, single_root=False),
 ]

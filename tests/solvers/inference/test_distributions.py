@@ -60,6 +60,16 @@ class TestEnumeration:
             _, q, _ = reference(case, others, b)
             torch.testing.assert_close(kl[b], (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(), rtol=1e-12, atol=1e-11)
 
+    def test_divergence_is_infinite_where_only_the_other_excludes(self, case, potentials):
+        parts, others = potentials(case), holes(case, 0.2, seed=11)
+        kl = case.distribution(parts).kl(case.distribution(others))
+        for b in range(case.batch):
+            p, q = reference(case, parts, b)[1], reference(case, others, b)[1]
+            if ((p > 0) & (p < 1e-9) & (q == 0)).any():
+                continue
+            expected = (torch.xlogy(p, p) - torch.xlogy(p, q)).sum()
+            torch.testing.assert_close(kl[b], expected, rtol=1e-12, atol=1e-11)
+
     def test_argmax(self, case, potentials):
         parts = potentials(case)
         best = case.distribution(parts).argmax
