@@ -8,6 +8,7 @@ import torch
 
 from .source import ImageSet, Source, register_data
 
+
 @register_data
 def digits(data_dir: Path | None = None) -> Source:
     """1,797 grey images of 8 x 8 pixels; every third one is held out: those at index 2, 5, 8, ... (599 images).
