@@ -33,6 +33,7 @@ def not_compiled(function: Callable[P, T]) -> Callable[P, T]:
             disabled.append(torch.compiler.disable(function, reason="the steps of a solver depend on the data"))
         return disabled[0](*args, **kwargs)
 
+    # The mark by which the compiler knows not to inline it.
     run._torchdynamo_disable = True  # type: ignore[attr-defined]
     return run
 
