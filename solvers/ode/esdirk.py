@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..options import options, require
-from ..transforms import no_derivatives, recording_tangents
+from ..transforms import inside_transform, no_derivatives, recording_tangents
 from . import implicit_tableaus as tableaus
 from .explicit import weighted
 from .method import Carry, Method, Rhs, Step, Time, column
@@ -72,7 +72,7 @@ class ESDIRK(Method):
         """All stages, the solution and the error estimate."""
         with no_derivatives():
             known = memory if isinstance(memory, Linearisation) and memory.holds(t, y) else None
-            step = self._search(rhs, t, y, h, carry[0], known)
+            step = self._search(rhs, _number(t), y, _number(h), carry[0], known)
         if torch.is_grad_enabled() or recording_tangents():
             return self._record(rhs, t, y, h, carry[0], step)
         return step
@@ -115,6 +115,13 @@ class ESDIRK(Method):
     def dense(self, rhs: Rhs, t: Time, y: Tensor, h: Time, step: Step) -> Tensor:
         """By the tableau's interpolant, at no further evaluation."""
         return torch.stack([y] + [weighted(step.stages, row, 1.0) for row in self.tableau.interpolant])
+
+
+def _number(time: Time) -> Time:
+    """A time of the whole batch as a float, so that a replay that records it repeats the search to the last bit."""
+    if isinstance(time, Tensor) and not time.ndim and not inside_transform():
+        return float(time)
+    return time
 
 
 @functools.cache

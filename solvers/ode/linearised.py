@@ -11,6 +11,7 @@ from ..linear import LinearOperator, LinearSolver
 from ..solution import Solution
 from ..transforms import inside_transform, no_derivatives
 from .method import Rhs, Time
+from .pullback import vector_jacobian
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -37,7 +38,7 @@ class Jacobian:
         if not self.rate.requires_grad:
             return torch.zeros_like(v)
         with no_derivatives():
-            (product,) = torch.autograd.grad(self.rate, self.point, v, retain_graph=True, allow_unused=True)
+            (product,) = vector_jacobian((self.rate,), (self.point,), (v,), True)
         return torch.zeros_like(v) if product is None else product
 
     def push(self, v: Tensor) -> Tensor:

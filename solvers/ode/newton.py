@@ -133,20 +133,24 @@ class Stages:
         """
         going, before, kappa = ~self.failed, None, self._newton.kappa
         for _ in range(self._newton.max_steps):
-            residual = self._h * self._rhs(t, base + self._gamma * z) - z
-            change = self._system.solve(residual)
+            rate = self._rhs(t, torch.add(base, z, alpha=self._gamma))
+            if isinstance(self._h, float):
+                excess = torch.add(z, rate, alpha=-self._h)
+            else:
+                excess = z - self._h * rate
+            change = self._system.solve(excess)
             size = torch.linalg.vector_norm(change * self._weight, dim=1)
-            z = torch.where(going.unsqueeze(1), z + change, z)
+            z = torch.where(going.unsqueeze(1), z - change, z)
             if before is not None:
                 self._rate = torch.where(going, size / before, self._rate)
-            # The sum of the changes that are left, if they go on to fall at this rate.
-            left = torch.where(self._rate < 1, size * self._rate / (1 - self._rate), math.inf)
-            done = (left <= kappa) | (size <= 0.1 * kappa)
+            # What is left is the sum of the changes to come, if they go on to fall at this rate.
+            done = (size * self._rate <= kappa * (1 - self._rate)) | (size <= 0.1 * kappa)
             lost = ~(size < math.inf) if before is None else ~(size <= _DIVERGING * before)
-            self.failed = self.failed | (going & lost & ~done)
-            going = going & ~(done | lost)
+            lost = going & lost & ~done
+            self.failed = self.failed | lost
+            going = going & ~done & ~lost
             before = size
             if not any_true(going):
-                break
+                return z
         self.failed = self.failed | going
         return z
