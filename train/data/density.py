@@ -17,8 +17,8 @@ from .source import register_data
 
 Points = tuple[Float[Tensor, "batch 2"], Float[Tensor, " batch"]]
 
-# Of the points that models are measured on, and that recipes are chosen by.
-TEST_SEED, VALIDATION_SEED = 2**40, 2**41
+# Of the points that models are measured on, and that recipes are chosen by. torch's generator has 32 bits of a seed.
+TEST_SEED, VALIDATION_SEED = 2_000_000_011, 2_000_000_033
 
 
 class PlaneDensity(abc.ABC):
@@ -37,7 +37,7 @@ class PlaneDensity(abc.ABC):
     @property
     def entropy(self) -> float:
         """In nats; by the trapezoidal rule, which converges faster than any power of the spacing for these."""
-        line = torch.linspace(-self.extent, self.extent, 601, dtype=torch.float64)
+        line = torch.linspace(-self.extent, self.extent, 401, dtype=torch.float64)
         grid = torch.cartesian_prod(line, line)
         log_p = torch.cat([self.log_prob(part) for part in grid.split(60_000)])
         return -float(torch.special.xlogy(log_p.exp(), log_p.exp()).sum() * (line[1] - line[0]) ** 2)
@@ -80,7 +80,7 @@ class TwoMoons(PlaneDensity):
 
     def log_prob(self, x: Float[Tensor, "n 2"]) -> Float[Tensor, " n"]:
         """The average over both arcs; in the angle by Gauss-Legendre quadrature, exact to rounding."""
-        nodes, weights = _gauss_legendre(80)
+        nodes, weights = _gauss_legendre(64)
         parts = []
         for k, centre in enumerate(self.centres):
             angles = math.pi * (nodes + k)
@@ -221,8 +221,9 @@ class PointSource:
 
     @property
     def split(self) -> str:
-        """The two parts in words."""
-        return f"fresh points at every step train; {self.test_count:,} points of another seed are measured"
+        """The two parts in words, and how well any model can do."""
+        parts = f"fresh points at every step train; {self.test_count:,} points of another seed are measured"
+        return f"{parts}; the density's own entropy is {self.density.entropy:.4f} nats"
 
     @property
     def model_arguments(self) -> dict[str, int]:
