@@ -110,7 +110,7 @@ def chain(turns: int) -> None:
         exact = plain(potentials.double())
         runs: list[Callable[[Tensor], Tensor]] = [ours, plain, *([theirs] if has_peer else [])]
         counts = [4 * turns, 4 * turns, 1][: len(runs)]
-        times = best_times([lambda f=f: f(potentials) for f in runs], counts)
+        times = best_times([lambda f=f, p=potentials: f(p) for f in runs], counts)
         errors = [float((f(potentials).double() - exact).abs().max()) for f in runs]
         milliseconds = [f"{1e3 * t:.1f} ms" for t in times] + ["-"] * (not has_peer)
         peer = f"{times[2] / times[0]:.0f}" if has_peer else "-"
@@ -124,7 +124,7 @@ def chain(turns: int) -> None:
         potentials, probe = (torch.randn(BATCH, length - 1, states, states, generator=rng) for _ in range(2))
         exact = plain_twice(potentials.double(), probe.double())
         runs = [lambda p: ours_twice(p, probe), lambda p: plain_twice(p, probe)]  # noqa: B023
-        times = best_times([lambda f=f: f(potentials) for f in runs], [2 * turns] * 2)
+        times = best_times([lambda f=f, p=potentials: f(p) for f in runs], [2 * turns] * 2)
         errors = [float((f(potentials).double() - exact).abs().max()) for f in runs]
         print(f"{f'{length}, {states}':>16}{1e3 * times[0]:>9.1f} ms{1e3 * times[1]:>9.1f} ms   loop / ours "
               f"{times[1] / times[0]:.2f}   errors {errors[0]:.0e}, {errors[1]:.0e}")  # fmt: skip

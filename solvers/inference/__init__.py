@@ -5,6 +5,7 @@ from .chain import ChainMarginals, HiddenMarkov, LinearChain
 from .constituency import Constituency
 from .dependency import DependencyTree
 from .distribution import Structured
+from .exponential import Bernoulli, Categorical, Dirichlet, ExponentialFamily, Gamma, Gaussian, Poisson
 from .graph import FactorGraph
 from .message_passing import Beliefs, belief_propagation, mean_field
 from .semi_markov import Segmentation, SegmentMarginals, SemiMarkov
@@ -12,12 +13,19 @@ from .semi_markov import Segmentation, SegmentMarginals, SemiMarkov
 __all__ = [
     "Alignment",
     "Beliefs",
+    "Bernoulli",
+    "Categorical",
     "ChainMarginals",
     "Constituency",
     "DependencyTree",
+    "Dirichlet",
+    "ExponentialFamily",
     "FactorGraph",
+    "Gamma",
+    "Gaussian",
     "HiddenMarkov",
     "LinearChain",
+    "Poisson",
     "SegmentMarginals",
     "Segmentation",
     "SemiMarkov",
