@@ -43,7 +43,7 @@ class _Backsolve(ContinuousSolve):
     def settle(self, found: Tensor, expected: Tensor, tolerance: Tolerance) -> Tensor:
         """Compare the state with what it was on the way there."""
         size = expected.shape[1]
-        drift = tolerance.sample_ratio(found[:, :size] - expected, expected.abs())
+        drift = tolerance.sample_ratio(found[:, :size] - expected, tolerance.scale(expected))
         worst = float(drift.max())
         if not worst <= self.knobs.drift:
             raise Refused(

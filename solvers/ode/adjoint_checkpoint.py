@@ -16,12 +16,18 @@ from .function import Cotangents, Solve
 from .mesh import PickBars
 from .method import Carry
 from .problem import Keeper
-from .pullback import Backward, ExplicitPullback, RecordedPullback, Sums, Tape
+from .pullback import Backward, ExplicitPullback, Record, Recorded, RecordedPullback, Recorder, Sums, Tape
 from .replay import replay
+
+# Steps are recorded as they are taken, which saves repeating them, while their stages take fewer bytes than these.
+_TAPED = 8 * 2**20
 
 
 class CheckpointedTrajectory(Adjoint):
-    """`CheckpointAdjoint` for a trajectory: the accepted steps are replayed segment by segment from kept states."""
+    """`CheckpointAdjoint` for a trajectory: the accepted steps are replayed segment by segment from kept states.
+
+    The steps of an explicit method that fit into little memory are recorded as they are taken and need no replay.
+    """
 
     def __init__(self, knobs: CheckpointAdjoint) -> None:
         self.knobs = knobs
@@ -42,17 +48,82 @@ class _Checkpointed(Solve):
         super().__init__(task)
         self.recursive = knobs.recursive
         self.keeper = Keeper(1 if knobs.recursive else knobs.segments)
+        method = self.problem.method
+        if isinstance(method, ExplicitRungeKutta) and not self.problem.per_sample and knobs == CheckpointAdjoint():
+            stage = self.problem.y0.numel() * self.problem.y0.element_size()
+            self.keeper = TapingKeeper(Tape(self.inner, Sums(self.shared, self.externals), self.timed), stage)
 
     def forward(self) -> tuple[Tensor, ...]:
-        run = self.task.run(self.keeper)
+        task = self.task
+        if isinstance(self.keeper, TapingKeeper):
+            task = dataclasses.replace(task, problem=dataclasses.replace(self.problem, rhs=self.keeper.recorder))
+        run = task.run(self.keeper)
         self.run = dataclasses.replace(run, dense=None)
         results = (run.y, run.dense)
         return tuple(x.detach() for x in results if x is not None)
 
     def backward(self, bars: tuple[Tensor, ...]) -> Cotangents:
-        assert self.run is not None
-        segments = Segments(self, bars[1] if len(bars) > 1 else None, self.recursive)
+        dense_bar = bars[1] if len(bars) > 1 else None
+        # What was recorded serves one backward pass; a second one replays.
+        steps = self.keeper.release() if isinstance(self.keeper, TapingKeeper) else None
+        segments = Segments(self, dense_bar, self.recursive)
+        if steps is not None:
+            return segments.pull_recorded(bars[0], steps)
         return segments.pull(bars[0], self.keeper.kept)
+
+
+class TapingKeeper(Keeper):
+    """Keeps states, and all evaluations recorded as well while these are few and small.
+
+    Attributes:
+        recorder: the right-hand side that the driver is to use.
+    """
+
+    def __init__(self, tape: Tape, stage: int) -> None:
+        """`stage` is how many bytes a stage takes."""
+        super().__init__(None)
+        self.recorder = Recorder(tape)
+        self._stage, self._left = stage, _TAPED
+        self._new = False
+        self._first: Record | None = None
+        self._steps: list[list[Record | None]] | None = []
+
+    def renew(self) -> None:
+        """The derivative at the start is evaluated next."""
+        self.recorder.records = []
+        self._new = True
+
+    def attempt(self) -> None:
+        """Forget what a rejected step evaluated."""
+        if self._new and self.recorder.active:
+            self._first, self._new = self.recorder.records[0], False
+        self.recorder.records = []
+
+    def offer(self, index: int, y: Tensor, carry: Carry, breaks: bool = False) -> None:
+        """Keep what the step evaluated."""
+        super().offer(index, y, carry, breaks)
+        if self._steps is None:
+            return
+        self._steps.append([self._first, *self.recorder.records])
+        self._left -= self._stage * len(self._steps[-1])
+        self._first = None
+        if self._left < 0:
+            self._drop()
+
+    def close(self, y: Tensor, carry: Carry) -> None:
+        """Record no more."""
+        self.recorder.records = []
+        self.recorder.active = False
+
+    def release(self) -> list[list[Record | None]] | None:
+        """Every step's evaluations, the first None where it belongs to the step before; None if some are missing."""
+        steps = self._steps
+        self._drop()
+        return steps
+
+    def _drop(self) -> None:
+        self._steps, self._first = None, None
+        self.recorder.records, self.recorder.active = [], False
 
 
 class Segments:
@@ -85,6 +156,25 @@ class Segments:
             stop, after = first, y
         steps = len(self.run.mesh.steps)
         return Cotangents(bar.t, bar.end, bar.y, self.sums.totals, self.sums.evaluations, steps)
+
+    def pull_recorded(self, y_bar: Tensor, steps: list[list[Record | None]]) -> Cotangents:
+        """The same from evaluations that are all recorded already."""
+        assert isinstance(self.pullback, ExplicitPullback)
+        bar, end, count = Backward(y_bar), self.pullback.tableau.end, len(steps)
+        recorded: list[Recorded] = []
+        for taken, records in zip(self.run.mesh.steps, steps):
+            if records[0] is None:
+                start = recorded[-1][0][end][0].detach()
+                if taken.replace is not None:
+                    start = start.index_select(0, taken.replace)
+            else:
+                start = records[0][0].detach()
+            recorded.append((records, start))
+        if count and not self.run.mesh.steps[-1].dense and end < len(recorded[-1][0]):
+            # Nobody needs the derivative at the end of the solve.
+            recorded[-1][0][end] = None
+        self.pullback.pull_recorded(recorded, y_bar, bar)
+        return Cotangents(bar.t, bar.end, bar.y, self.sums.totals, self.sums.evaluations, count)
 
     def _pull(self, first: int, stop: int, y: Tensor, carry: Carry, bar: Backward, after: Tensor) -> None:
         """One segment; if recursive its second half first, from a state computed on the way."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -102,10 +103,12 @@ class Workspace:
     """
 
     def __init__(self, tableau: Tableau, y: Tensor) -> None:
-        count, self.shape, size = len(tableau.rows), y.shape, y.numel()
-        self._y = y.reshape(-1)
-        self.buffer = y.new_zeros((count, size))
+        count = len(tableau.rows)
+        self.buffer = y.new_zeros((count, y.numel()))
         self.rows = self.buffer.view(-1, *y.shape).unbind(0)
+        # Views take their shape from this tensor, which is cheaper than from a size.
+        self._like = self.rows[0]
+        self._y = y.reshape(-1)
         self._prefixes = [self.buffer[:i].t() for i in range(count + 1)]
         self._weights = [y.new_tensor(row[:i]) for i, row in enumerate(tableau.rows)]
         self._error = None if tableau.error is None else y.new_tensor(tableau.error)
@@ -113,14 +116,14 @@ class Workspace:
 
     def start(self, y: Tensor) -> None:
         """Begin a step at `y`."""
-        self._y = y.reshape(-1)
+        self._y = y.flatten()
 
     def combine(self, h: Time, i: int) -> Tensor:
         """y + h sum_j a_ij k_j: the argument of stage i."""
         if isinstance(h, float):
-            return torch.addmv(self._y, self._prefixes[i], self._weights[i], alpha=h).view(self.shape)
-        change = torch.mv(self._prefixes[i], self._weights[i]).view(self.shape)
-        return torch.addcmul(self._y.view(self.shape), change, column(h, change))
+            return torch.addmv(self._y, self._prefixes[i], self._weights[i], alpha=h).view_as(self._like)
+        change = torch.mv(self._prefixes[i], self._weights[i]).view_as(self._like)
+        return torch.addcmul(self._y.view_as(self._like), change, column(h, change))
 
     def error(self, h: Time) -> Tensor | None:
         """h sum_i error_i k_i."""
@@ -128,8 +131,8 @@ class Workspace:
             return None
         prefix = self._prefixes[len(self._error)]
         if isinstance(h, float):
-            return torch.addmv(self._y, prefix, self._error, beta=0, alpha=h).view(self.shape)
-        return torch.mv(prefix, self._error).view(self.shape).mul_(column(h, self._y))
+            return torch.addmv(self._y, prefix, self._error, beta=0, alpha=h).view_as(self._like)
+        return torch.mv(prefix, self._error).view_as(self._like).mul_(column(h, self._like))
 
     def polynomial(self, h: Time) -> Tensor:
         """Coefficients (degree + 1, batch, n) of the dense output."""
@@ -137,9 +140,9 @@ class Workspace:
         out[0] = self._y
         if isinstance(h, float):
             torch.addmm(out[1:], self._interpolant, self.buffer, beta=0, alpha=h, out=out[1:])
-            return out.view(-1, *self.shape)
+            return out.view(-1, *self._like.shape)
         torch.mm(self._interpolant, self.buffer, out=out[1:])
-        out = out.view(-1, *self.shape)
+        out = out.view(-1, *self._like.shape)
         out[1:].mul_(column(h, out))
         return out
 
@@ -151,7 +154,7 @@ class Workspace:
     @functools.cached_property
     def bar_rows(self) -> tuple[Tensor, ...]:
         """Views."""
-        return self.bars.view(-1, *self.shape).unbind(0)
+        return self.bars.view(-1, *self._like.shape).unbind(0)
 
     @functools.cached_property
     def _bar_prefixes(self) -> list[Tensor]:
@@ -160,23 +163,23 @@ class Workspace:
     def pull(self, h: Time, i: int, bar: Tensor) -> None:
         """Add to the stages' cotangents what cotangent `bar` (batch, n) of the argument of stage i contributes."""
         if isinstance(h, float):
-            self._bar_prefixes[i].addr_(self._weights[i], bar.reshape(-1), alpha=h)
+            self._bar_prefixes[i].addr_(self._weights[i], bar.flatten(), alpha=h)
         else:
-            self._bar_prefixes[i].addr_(self._weights[i], (bar * column(h, bar)).reshape(-1))
+            self._bar_prefixes[i].addr_(self._weights[i], (bar * column(h, bar)).flatten())
 
     def pull_polynomial(self, h: Time, bar: Tensor) -> None:
         """Likewise for a cotangent (degree, batch, n) of the dense output but for its constant coefficient."""
         if isinstance(h, float):
-            self.bars.addmm_(self._interpolant.t(), bar.reshape(len(bar), -1), alpha=h)
+            self.bars.addmm_(self._interpolant.t(), bar.flatten(1), alpha=h)
         else:
-            self.bars.addmm_(self._interpolant.t(), (bar * column(h, bar)).reshape(len(bar), -1))
+            self.bars.addmm_(self._interpolant.t(), (bar * column(h, bar)).flatten(1))
 
-    def stretch(self, h: Time, bars: Tensor, stages: Tensor) -> Tensor:
+    def stretch(self, h: Time, bars: Sequence[Tensor], stages: Sequence[Tensor]) -> Tensor:
         """Cotangent of h from those of the stages: every use of a stage in the step is multiplied by h."""
-        product = (bars * stages).view(-1, *self.shape).double()
+        product = sum((bar * stage for bar, stage in zip(bars, stages)), torch.zeros_like(stages[0])).double()
         if isinstance(h, float):
             return product.sum() / h
-        return torch.where(h == 0, 0.0, product.sum((0, 2)) / h)
+        return torch.where(h == 0, 0.0, product.sum(1) / h)
 
 
 def weighted(stages: list[Tensor], row: Row, h: Time) -> Tensor:

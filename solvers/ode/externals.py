@@ -73,24 +73,26 @@ class Externals:
 
     def _reaches_others(self, out: Tensor, own: tuple[Tensor, ...], start: int) -> bool:
         # As `_outer_edges`, for the inner loop of a backward pass: nodes met twice are walked twice, up to a limit.
-        known, stack, budget = self._known, [out.grad_fn], 200
+        known, leaf, time, budget = self._known, own[0], own[-1], 200
+        stack = [out.grad_fn]
         while stack:
             node = stack.pop()
             if node is None or node in known:
                 continue
-            budget -= 1
             children = node.next_functions
+            if not children:
+                variable = getattr(node, "variable", None)
+                if variable is not leaf and (variable is None or variable is not time):
+                    return True
+                continue
+            if node._sequence_nr() < start:
+                return True
+            budget -= 1
             if not budget:
                 mine = known | {_edge(tensor)[0] for tensor in own}
                 return bool(_outer_edges(out, mine, start))
-            if not children:
-                variable = _variable(node)
-                if variable is None or not any(variable is tensor for tensor in own):
-                    return True
-            elif node._sequence_nr() < start:
-                return True
-            else:
-                stack += [child for child, _ in children]
+            for child, _ in children:
+                stack.append(child)
         return False
 
 

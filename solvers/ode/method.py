@@ -68,7 +68,7 @@ class Rhs:
         self.calls += 1
         if self._full is None:
             return self._checked(self.field(self.time(t), self.spec.unflatten(y), *self.args))
-        out = self.field(self.time(t), y if self._as_is else y.view(self._full), *self.args)
+        out = self.field(self.time(t), y if self._as_is else y.reshape(self._full), *self.args)
         if isinstance(out, Tensor) and out.shape == self._full and out.dtype is self._dtype:
             return out if self._as_is else out.reshape(self._shape)
         return self._checked(out)
@@ -86,7 +86,7 @@ class Rhs:
         """`t` as the field sees it: 0-dim or (batch,), in the state's real dtype and on its device."""
         if isinstance(t, Tensor):
             return t.to(self._dtype)
-        return torch.full((), t, dtype=self._dtype, device=self._device)
+        return torch.scalar_tensor(t, dtype=self._dtype, device=self._device)
 
     def with_args(self, args: tuple[Any, ...]) -> Rhs:
         """The same field with other arguments, counting from zero."""

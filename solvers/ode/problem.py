@@ -31,14 +31,18 @@ class Tolerance:
     atol: float
     columns: Tensor | None = None
 
-    def scaled(self, error: Tensor, size: Tensor) -> Tensor:
-        """`error` (batch, n) in units of the tolerance at magnitudes `size`, controlled columns only."""
-        ratio = error / (size * self.rtol + self.atol)
+    def scale(self, y: Tensor) -> Tensor:
+        """atol + rtol |y|, what errors are compared with at `y` (batch, n)."""
+        return y.abs().mul_(self.rtol).add_(self.atol)
+
+    def scaled(self, error: Tensor, scale: Tensor) -> Tensor:
+        """`error` (batch, n) in units of the tolerance, controlled columns only."""
+        ratio = error / scale
         return ratio if self.columns is None else ratio.index_select(-1, self.columns)
 
-    def batch_ratio(self, error: Tensor, size: Tensor, alive: Tensor | None = None) -> float:
+    def batch_ratio(self, error: Tensor, scale: Tensor, alive: Tensor | None = None) -> float:
         """Root mean square over all samples that are `alive`; under vmap the worst example's. One synchronisation."""
-        scaled = self.scaled(error, size)
+        scaled = self.scaled(error, scale)
         count = scaled.numel()
         if alive is not None:
             scaled = torch.where(alive.unsqueeze(-1), scaled, 0.0)
@@ -46,14 +50,14 @@ class Tolerance:
         norm = plain(torch.linalg.vector_norm(scaled))
         return float(norm.max() if norm.ndim else norm) / math.sqrt(max(count, 1))
 
-    def sample_ratio(self, error: Tensor, size: Tensor) -> Tensor:
+    def sample_ratio(self, error: Tensor, scale: Tensor) -> Tensor:
         """Root mean square of each sample (batch,), float64."""
-        scaled = self.scaled(error, size)
+        scaled = self.scaled(error, scale)
         return torch.linalg.vector_norm(scaled, dim=-1).double() / math.sqrt(max(scaled.shape[-1], 1))
 
-    def component(self, error: Tensor, size: Tensor) -> Tensor:
+    def component(self, error: Tensor, scale: Tensor) -> Tensor:
         """The column (batch,) in which each sample's error is largest; one that is not finite is larger than any."""
-        scaled = self.scaled(error, size).abs().nan_to_num(nan=math.inf)
+        scaled = self.scaled(error, scale).abs().nan_to_num(nan=math.inf)
         worst = scaled.argmax(-1)
         return worst if self.columns is None else self.columns[worst]
 
@@ -153,8 +157,14 @@ class Keeper:
         self._segments, self._stride = segments, 1
         self.kept: list[tuple[int, Tensor, Carry]] = []
 
+    def renew(self) -> None:
+        """To be called before the carry is made anew."""
+
+    def attempt(self) -> None:
+        """To be called before a step is tried."""
+
     def offer(self, index: int, y: Tensor, carry: Carry, breaks: bool = False) -> None:
-        """To be called before every step, in order, with the state and carry that the step before left behind.
+        """To be called for every accepted step, in order, with the state and carry that the one before left behind.
 
         `breaks` says that the step starts from something else: a carry made anew, or a state some rows of which are
         replaced.

@@ -14,6 +14,8 @@ from .mesh import END, FREE, Mesh, PickBars, Taken
 from .method import Carry, Method, Rhs, Time
 from .replay import replay
 
+_ENGINE = torch.autograd.Variable._execution_engine
+
 # An evaluation: the derivative, recorded from the leaf of the state and that of the time (None: not wanted).
 Record = tuple[Tensor, Tensor, Tensor | None]
 
@@ -40,7 +42,11 @@ class Sums:
 
     def add(self, cotangents: Sequence[Tensor | None]) -> None:
         """Add what one stage or segment contributes."""
-        totals, sums, news = self.totals, [], []
+        totals = self.totals
+        if len(totals) == 1 and totals[0] is not None and cotangents[0] is not None:
+            totals[0].add_(cotangents[0])
+            return
+        sums, news = [], []
         for i, new in enumerate(cotangents):
             if new is None:
                 continue
@@ -100,22 +106,57 @@ class Tape:
         out, leaf, time = record
         if not out.requires_grad:
             return None, None
+        sums = self.sums
         if time is None:
-            grads = vector_jacobian((out,), (leaf, *self.sums.inputs), (cotangent,), self.sums.externals.retain)
-            self.sums.add(grads[1:])
-            return grads[0], None
-        grads = vector_jacobian((out,), (leaf, time, *self.sums.inputs), (cotangent,), self.sums.externals.retain)
-        self.sums.add(grads[2:])
-        return grads[0], grads[1]
+            first, *rest = vector_jacobian((out,), (leaf, *sums.inputs), (cotangent,), sums.externals.retain)
+            sums.add(rest)
+            return first, None
+        first, second, *rest = vector_jacobian((out,), (leaf, time, *sums.inputs), (cotangent,), sums.externals.retain)
+        sums.add(rest)
+        return first, second
 
 
 def vector_jacobian(
     outs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...], retain: bool
 ) -> tuple[Tensor | None, ...]:
     """`torch.autograd.grad` without its checks, which cost several times as much as a small field's derivative."""
-    engine = torch.autograd.Variable._execution_engine
-    pulled: tuple[Tensor | None, ...] = engine.run_backward(outs, cotangents, retain, False, inputs, True, False)
+    pulled: tuple[Tensor | None, ...] = _ENGINE.run_backward(outs, cotangents, retain, False, inputs, True, False)
     return pulled
+
+
+# The evaluations of a step by stage, the first one None where it belongs to the step before, others where nobody needs
+# them; and the derivative at the start.
+Recorded = tuple[list[Record | None], Tensor]
+
+
+class Recorder(Rhs):
+    """The right-hand side, recording its evaluations while it is `active`.
+
+    Attributes:
+        records: of the evaluations since the list was last emptied.
+        active: whether to record.
+    """
+
+    __slots__ = ("active", "records", "tape")
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__(tape.rhs.field, tape.rhs.args, tape.rhs.spec, tape.rhs.batch)
+        self.tape, self.active = tape, True
+        self.records: list[Record] = []
+
+    def __call__(self, t: Time, y: Tensor) -> Tensor:
+        """The derivative, without derivatives of its own."""
+        if not self.active:
+            return super().__call__(t, y)
+        self.calls += 1
+        before = torch.is_grad_enabled()
+        torch.set_grad_enabled(True)
+        try:
+            record = self.tape.evaluate(t, y)
+        finally:
+            torch.set_grad_enabled(before)
+        self.records.append(record)
+        return record[0].detach()
 
 
 class ExplicitPullback:
@@ -138,36 +179,37 @@ class ExplicitPullback:
         Returns:
             The state (batch, n) after the last step, for comparison with what the forward pass found.
         """
-        self._space = space = self._space or Workspace(self.tableau, y)
-        taped: list[tuple[list[Record | None], Carry]] = []
-        stages: list[Tensor] = []
+        self._space = self._space or Workspace(self.tableau, y)
+        steps: list[tuple[Recorded, bool]] = []
         with torch.enable_grad():
             for index in span:
-                held = carry
-                records, y = self._record(index, y, held)
-                taped.append((records, held))
-                known = self.tableau.fsal or self.mesh.steps[index].dense
-                carry = (space.rows[self.tableau.end].clone(),) if known else ()
-                if self.tape.timed:
-                    stages.append(space.buffer.clone())
+                mixed = self._mixed(index, carry)
+                recorded, y, carry = self._record(index, y, carry, mixed)
+                steps.append((recorded, mixed))
         for index in reversed(span):
-            self._pull_step(index, *taped.pop(), bar, stages.pop() if stages else None)
+            self._pull_step(index, *steps.pop(), bar)
         return y
 
-    def _record(self, index: int, y: Tensor, carry: Carry) -> tuple[list[Record | None], Tensor]:
-        """The step again. An evaluation is None that belongs to the step before or that nobody needs."""
+    def pull_recorded(self, steps: list[Recorded], y: Tensor, bar: Backward) -> None:
+        """From the end to the start of the solve, all of whose `steps` have been recorded; they are used up."""
+        self._space = Workspace(self.tableau, y)
+        for index in reversed(range(len(steps))):
+            self._pull_step(index, steps.pop(), False, bar)
+
+    def _record(self, index: int, y: Tensor, carry: Carry, mixed: bool) -> tuple[Recorded, Tensor, Carry]:
+        """The step again: its evaluations, its end, and what it carries on."""
         taken, tableau, tape, space = self.mesh.steps[index], self.tableau, self.tape, self._space
         assert space is not None
         if taken.replace is not None:
             y = y.index_select(0, taken.replace)
             carry = tuple(part.index_select(0, taken.replace) for part in carry)
         t, h, c, end, dense = taken.t, taken.h, tableau.c, tableau.end, taken.dense
-        mixed = self._mixed(taken, carry)
         first = tape.evaluate(t, y) if mixed or taken.restart is True or not carry else None
-        space.start(y)
-        space.rows[0].copy_(carry[0] if first is None else first[0].detach())
+        start = carry[0] if first is None else first[0].detach()
         if mixed:
-            space.rows[0].copy_(torch.where(taken.restart.unsqueeze(-1), space.rows[0], carry[0]))
+            start = torch.where(_rows(taken.restart), start, carry[0])
+        space.start(y)
+        space.rows[0].copy_(start)
         records, solution = [first], None
         for i in range(1, len(tableau.rows) if dense else tableau.stages):
             argument = space.combine(h, i)
@@ -179,16 +221,17 @@ class ExplicitPullback:
             record = tape.evaluate(t + c[i] * h, argument)
             space.rows[i].copy_(record[0].detach())
             records.append(record)
-        return records, space.combine(h, end) if solution is None else solution
+        if solution is None:
+            solution = space.combine(h, end)
+        known = tableau.fsal or dense
+        return (records, start), solution, (space.rows[end].clone(),) if known else ()
 
-    def _mixed(self, taken: Taken, carry: Carry) -> bool:
+    def _mixed(self, index: int, carry: Carry) -> bool:
         """Whether some samples take over the derivative at the start and others evaluate it."""
-        return len(carry) > 0 and isinstance(taken.restart, Tensor)
+        return len(carry) > 0 and isinstance(self.mesh.steps[index].restart, Tensor)
 
-    def _pull_step(
-        self, index: int, records: list[Record | None], held: Carry, bar: Backward, stages: Tensor | None
-    ) -> None:
-        taken, dense = self.mesh.steps[index], self.bars.of(index)
+    def _pull_step(self, index: int, recorded: Recorded, mixed: bool, bar: Backward) -> None:
+        taken, dense, (records, start) = self.mesh.steps[index], self.bars.of(index), recorded
         space, h, end = self._space, taken.h, self.tableau.end
         assert space is not None
         rows = space.bar_rows
@@ -201,16 +244,13 @@ class ExplicitPullback:
         incoming = bar.carry[0] if bar.carry else None
         if incoming is not None:
             rows[end].add_(incoming)
-        mixed = self._mixed(taken, held)
         at_start: Tensor | float = 0.0
         by_length: Tensor | float = 0.0
         for i in range(len(records) - 1, -1, -1):
             record = records[i]
             if record is None:
                 continue
-            cotangent = rows[i]
-            if i == 0 and mixed:
-                cotangent = torch.where(taken.restart.unsqueeze(-1), cotangent, 0.0)
+            cotangent = torch.where(_rows(taken.restart), rows[0], 0.0) if mixed and i == 0 else rows[i]
             pulled, time = self.tape.pull(record, cotangent)
             if pulled is not None:
                 total.add_(pulled)
@@ -218,14 +258,15 @@ class ExplicitPullback:
                     space.pull(h, i, pulled)
             if time is not None:
                 at_start, by_length = at_start + time.double(), by_length + self.tableau.c[i] * time.double()
-        if stages is not None:
-            stretch = space.stretch(h, space.bars, stages)
+        if self.tape.timed:
+            stages = [start if i == 0 or record is None else record[0].detach() for i, record in enumerate(records)]
+            stretch = space.stretch(h, rows[: len(stages)], stages)
             if incoming is not None:
-                stretch = stretch - space.stretch(h, incoming.reshape(1, -1), stages[end : end + 1])
+                stretch = stretch - space.stretch(h, [incoming], [stages[end]])
             self._pull_times(taken, at_start, by_length + stretch, bar)
         bar.y = total
         if mixed:
-            bar.carry = (torch.where(taken.restart.unsqueeze(-1), 0.0, rows[0]),)
+            bar.carry = (torch.where(_rows(taken.restart), 0.0, rows[0]),)
         else:
             bar.carry = () if records[0] is not None else (rows[0].clone(),)
         if taken.replace is not None:
@@ -292,6 +333,11 @@ class RecordedPullback:
             bar.end = pulled if bar.end is None else bar.end + pulled
         sums.add(rest)
         return last.detach()
+
+
+def _rows(mask: bool | Tensor) -> Tensor:
+    assert isinstance(mask, Tensor)
+    return mask.unsqueeze(-1)
 
 
 Ends = tuple[Tensor | None, Tensor | None]

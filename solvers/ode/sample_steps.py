@@ -89,7 +89,7 @@ class SampleSteps:
         order, adaptive, observe = method.error_order or 1, problem.adaptive, problem.observe
         interpolate = problem.dense or len(self.steps_of_output) > 0
         t, y, carry, active = self._begin()
-        size, handed = y.abs(), ()
+        scale, handed = tolerance.scale(y), ()
         h, memory = self._first_steps(t, y, carry), None
         moves = steady = fresh = torch.ones_like(active)
         stop = torch.zeros_like(self.status)
@@ -106,10 +106,10 @@ class SampleSteps:
             if not carry:
                 carry = method.init(rhs, t, y)
             step = method.step(rhs, t, y, step_h, carry, memory)
-            memory, new_size = step.memory, step.y.abs()
+            memory, new_scale = step.memory, tolerance.scale(step.y)
             if adaptive:
                 assert step.error is not None
-                ratio = tolerance.sample_ratio(step.error, torch.maximum(size, new_size))
+                ratio = tolerance.sample_ratio(step.error, torch.maximum(scale, new_scale))
                 finite = ratio.isfinite()
                 accepted = (ratio <= 1) | ((step_h.abs() <= control.min_step) & finite)
                 if step.failed is not None:
@@ -151,7 +151,7 @@ class SampleSteps:
                 lost = active & ~accepted
             keep = accepted.unsqueeze(-1)
             t = torch.where(accepted, new_t, t)
-            y, size = torch.where(keep, step.y, y), torch.where(keep, new_size, size)
+            y, scale = torch.where(keep, step.y, y), torch.where(keep, new_scale, scale)
             # A replay does not compute every dense output, so it cannot rely on what these hand over.
             handed = tuple(torch.where(keep, new, old) for new, old in zip(bare, carry))
             if bare is step.carry:
@@ -176,7 +176,7 @@ class SampleSteps:
             active = active & ~done & ~lost & ~stopped
             news = int(plain(torch.where(lost, 2, active.long())).max())
             if news == 2:
-                self._end_lost(lost, finite, tolerance.component(step.error if adaptive else step.y, size))
+                self._end_lost(lost, finite, tolerance.component(step.error if adaptive else step.y, scale))
             if len(self.waiting) == _CHUNK:
                 self._flush(t)
             if news != 1 and not any_true(active):
@@ -381,13 +381,13 @@ def renewed(method: Method, rhs: Rhs, t: Time, y: Tensor, carry: Carry, restart:
 def first_steps(problem: Problem, t: Tensor, y: Tensor, carry: Carry, span: Tensor) -> Tensor:
     """As `first_step`, for every sample (batch,)."""
     rhs, tolerance, order = problem.rhs, problem.tolerance, problem.method.error_order or 1
-    slope, size = problem.method.derivative(rhs, t, y, carry), y.abs()
-    d0, d1 = tolerance.sample_ratio(y, size), tolerance.sample_ratio(slope, size)
+    slope, scale = problem.method.derivative(rhs, t, y, carry), tolerance.scale(y)
+    d0, d1 = tolerance.sample_ratio(y, scale), tolerance.sample_ratio(slope, scale)
     small = (torch.minimum(d0, d1) < 1e-5) | ~(d0 + d1).isfinite()
     guess = torch.minimum(torch.where(small, 1e-6 * span.abs(), 0.01 * d0 / d1), span.abs())
     h = guess * span.sign()
     change = rhs(t + h, y + h.to(y.dtype).unsqueeze(-1) * slope) - slope
-    largest = torch.maximum(d1, tolerance.sample_ratio(change, size) / guess)
+    largest = torch.maximum(d1, tolerance.sample_ratio(change, scale) / guess)
     second = torch.where(
         largest <= 1e-15, torch.clamp(guess * 1e-3, min=1e-6 * span.abs()), (0.01 / largest) ** (1 / order)
     )

@@ -78,7 +78,9 @@ class SharedSteps:
         problem, rhs, method, control, tolerance = self.problem, self.rhs, self.method, self.control, self.tolerance
         order, adaptive = method.error_order or 1, problem.adaptive
         y, t = problem.y0, self.outputs[0]
-        size = y.abs()
+        scale = tolerance.scale(y)
+        keeper = self.keeper or Keeper(1)
+        keeper.renew()
         carry = method.init(rhs, t, y)
         # State and carry as the last step left them, before any replacement: what a replay starts from.
         handed: tuple[Tensor, Carry] = (y, ())
@@ -90,22 +92,24 @@ class SharedSteps:
         while self.accepted + self.rejected < problem.max_steps:
             if self.swap:
                 y, carry = self._swapped(y, carry)
-                size, self.swap = y.abs(), False
+                scale, self.swap = tolerance.scale(y), False
             target, kind, jump = self.stops[stop]
             step_h, lands = h, FREE
             if abs(target - t) <= abs(h) * (1 + STRETCH):
                 step_h, lands = target - t, kind
             if not carry:
+                keeper.renew()
                 carry = method.init(rhs, t, y)
+            keeper.attempt()
             step = method.step(rhs, t, y, step_h, carry, memory)
             memory = step.memory
             if step.failed is not None and self.alive is not None:
                 step.failed = step.failed & self.alive
-            new_size = step.y.abs()
+            new_scale = tolerance.scale(step.y)
             factor = 1.0
             if adaptive:
                 assert step.error is not None
-                ratio = tolerance.batch_ratio(step.error, torch.maximum(size, new_size), self.alive)
+                ratio = tolerance.batch_ratio(step.error, torch.maximum(scale, new_scale), self.alive)
                 if step.failed is not None and any_true(step.failed):
                     ratio = math.inf
                 if not ratio <= 1.0 and (abs(step_h) > control.min_step or not math.isfinite(ratio)):
@@ -134,13 +138,12 @@ class SharedSteps:
                 self.dense.append(method.dense(rhs, t, y, step_h, step))
             if problem.observe is not None:
                 problem.observe(t, step_h, self.dense[-1] if wanted else method.dense(rhs, t, y, step_h, step))
-            if self.keeper is not None:
-                self.keeper.offer(self.accepted, *handed, restart or self.replace is not None)
+            keeper.offer(self.accepted, *handed, restart or self.replace is not None)
             self.steps.append(Taken(t, step_h, lands, moves, restart, wanted, self.replace))
             self.replace = None
             self.accepted += 1
             ended = self._locate(crossings, t, step_h)
-            t, y, size, restart = new_t, step.y, new_size, False
+            t, y, scale, restart = new_t, step.y, new_scale, False
             carry, handed = step.carry, (step.y, bare)
             if ended and not self._survivors():
                 break
@@ -158,8 +161,7 @@ class SharedSteps:
                     t, carry, restart = jump, (), True
         done = stop == len(self.stops)
         self._end(self._living(), Status.CONVERGED if done else Status.MAX_STEPS, t, h)
-        if self.keeper is not None:
-            self.keeper.close(*handed)
+        keeper.close(*handed)
         return self._report(handed[0], h)
 
     def _first_step(self, t: float, y: Tensor, carry: Carry) -> float:
@@ -199,11 +201,13 @@ class SharedSteps:
             elif step.failed is not None:
                 lost = (broken | step.failed) & living
             else:
-                each = self.tolerance.sample_ratio(step.error, torch.maximum(y.abs(), step.y.abs()))
+                each = self.tolerance.sample_ratio(step.error, self.tolerance.scale(step.y))
                 lost = ~(each <= 1) & living
             if not any_true(lost):
                 return False
-        self.component = torch.where(lost, self.tolerance.component(step.error, y.abs()), self.component)
+        self.component = torch.where(
+            lost, self.tolerance.component(step.error, self.tolerance.scale(y)), self.component
+        )
         self._end(lost & broken, Status.NON_FINITE, t, tried)
         self._end(lost & ~broken, Status.STEP_UNDERFLOW, t, tried)
         self._replace(lost)
@@ -301,13 +305,13 @@ def first_step(problem: Problem, t: float, y: Tensor, carry: Carry) -> float:
     rhs, tolerance, order = problem.rhs, problem.tolerance, problem.method.error_order or 1
     assert problem.times.listed is not None
     span = problem.times.listed[-1] - t
-    slope, size = problem.method.derivative(rhs, t, y, carry), y.abs()
-    d0, d1 = tolerance.batch_ratio(y, size), tolerance.batch_ratio(slope, size)
+    slope, scale = problem.method.derivative(rhs, t, y, carry), tolerance.scale(y)
+    d0, d1 = tolerance.batch_ratio(y, scale), tolerance.batch_ratio(slope, scale)
     guess = 1e-6 * abs(span) if min(d0, d1) < 1e-5 or not math.isfinite(d0 + d1) else 0.01 * d0 / d1
     guess = min(guess, abs(span))
     h = math.copysign(guess, span)
     change = rhs(t + h, y + h * slope) - slope
-    largest = max(d1, tolerance.batch_ratio(change, size) / guess)
+    largest = max(d1, tolerance.batch_ratio(change, scale) / guess)
     if not math.isfinite(largest):
         return guess
     second = max(1e-6 * abs(span), guess * 1e-3) if largest <= 1e-15 else (0.01 / largest) ** (1 / order)
