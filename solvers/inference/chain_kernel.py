@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+
+from ..transforms import inside_vmap
 
 Recursion = Callable[[Tensor, Tensor], Tensor]
 
@@ -233,6 +236,11 @@ class LogPartition(torch.autograd.Function):
         edges, unary, last, into, *sums = ctx.saved_tensors
         if torch.is_grad_enabled():
             transitions, states = Marginals.apply(edges, unary, *ctx.rest)
+            return transitions * grad[:, None, None, None], states * grad[:, None, None], None, None, None
+        if inside_vmap() or _functorch.is_legacy_batchedtensor(grad):
+            # Many gradients at once: they cannot be multiplied into what they share.
+            transitions = torch.empty_like(into)
+            states = backward_weights(Weights(grad, last, into, sums), last, ctx.rest[0], transitions)
             return transitions * grad[:, None, None, None], states * grad[:, None, None], None, None, None
         # Without retain_graph nobody looks at the weights again, and the marginals can take their place.
         kept = torch._C._autograd._get_current_graph_task_keep_graph()

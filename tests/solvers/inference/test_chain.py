@@ -74,6 +74,19 @@ def test_derivative_twice_through_a_backward_pass_that_keeps_its_graph():
     torch.testing.assert_close(second, 3 * first, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_many_gradients_at_once(scale):
+    """vmap over the backward pass."""
+    potentials = random(2, 3, 2, 2, scale=scale).requires_grad_()
+
+    def f(potentials):
+        chain = LinearChain(potentials, lengths=torch.tensor([4, 2]))
+        return torch.cat([chain.log_partition, chain.marginals.states.flatten()])
+
+    one, all_at_once = (torch.autograd.functional.jacobian(f, potentials, vectorize=v) for v in (False, True))
+    torch.testing.assert_close(one, all_at_once, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("shape", [(3, 3), (2, 3, 3)])
 def test_transitions_that_stay_the_same(shape):
     transition, unary = random(*shape).requires_grad_(), random(2, 5, 3, seed=1)
