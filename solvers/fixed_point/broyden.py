@@ -13,6 +13,9 @@ from .method import Evaluated, FixedPointSolver, Proposal
 from .problem import Problem
 from .ring import Ring, bordered, dot
 
+SHORTEST = 2.0**-6
+"""The smallest share of a step that the line search tries."""
+
 
 @dataclasses.dataclass(frozen=True)
 class InverseJacobian:
@@ -126,7 +129,8 @@ class Broyden(FixedPointSolver):
     Attributes:
         memory: how many updates are kept; the oldest is dropped first. More is not always better: old updates
             describe the Jacobian where the iterate no longer is.
-        line_search: halve the step of a row whose residual grows past `growth` times the last accepted one.
+        line_search: halve the step of a row whose residual grows past `growth` times the last accepted one, or is not
+            finite, up to six times.
         growth: see above; above 1, since the residual of a good quasi-Newton path need not fall monotonically.
 
     Raises:
@@ -158,6 +162,10 @@ class Broyden(FixedPointSolver):
         """A copy, which the new solve may write to, without the factors of rows that broke."""
         return BroydenMemory(memory.inverse.salvage())
 
+    def retries(self, memory: BroydenMemory) -> Tensor | None:
+        """Those whose step can be halved once more."""
+        return None if memory.length is None or not self.line_search else memory.length > SHORTEST
+
     def propose(self, problem: Problem, at: Evaluated, memory: BroydenMemory) -> Proposal:
         """A quasi-Newton step, or for a row whose residual grew too much half of the last one."""
         one = torch.ones_like(at.norm)
@@ -178,7 +186,7 @@ class Broyden(FixedPointSolver):
         sound = along.abs() > 1e-6 * dot(step, step).unsqueeze(1)
         refused = None
         if self.line_search and not at.improving:
-            refused = ~(at.norm <= memory.norm * self.growth) & (memory.length > 2.0**-6)
+            refused = ~(at.norm <= memory.norm * self.growth) & (memory.length > SHORTEST)
             refused = refused if any_true(refused) else None
             if refused is not None:
                 sound = sound & ~refused.unsqueeze(1)

@@ -134,8 +134,11 @@ def advance(problem: Problem, solver: FixedPointSolver, budget: Budget, carry: C
             }
         else:
             changes = {}
-            # An infinite residual is above any limit, but leads nowhere.
-            going = going & torch.isfinite(norm)
+            # An infinite residual is above any limit, but leads nowhere, unless the step that led to it is shortened. A
+            # tape would carry the NaN into the gradient.
+            finite = torch.isfinite(norm)
+            retried = None if recording else solver.retries(carry.memory)
+            going = going & finite if retried is None else torch.where(finite, going, retried)
             carry = _keep_best(carry, z, norm, scale, improved, count, floor, recording)
             ended = ~going if active is None else active & ~going
             if any_true(ended) or _patience_ends(count):
@@ -187,7 +190,7 @@ def _retire(
 ) -> Carry:
     """End the rows that have converged, broken or stagnated."""
     active = torch.ones_like(going) if carry.active is None else carry.active
-    broken = active & ~torch.isfinite(norm)
+    broken = active & ~going & ~torch.isfinite(norm)
     done = active & ~going & ~broken
     stale = torch.zeros_like(active)
     if not budget.endless and _patience_ends(carry.count):
@@ -291,7 +294,8 @@ def independent(part: Problem, z: Tensor, image: Tensor, rows: Tensor) -> bool:
         # Whatever a function says to a batch of another size.
         return False
     rounding = torch.finfo(z.dtype).eps ** 0.5
-    return all_true(norms(alone - image) <= rounding * norms(image).clamp_min(rounding))
+    close = norms(alone - image) <= rounding * norms(image).clamp_min(rounding)
+    return all_true(close | ~torch.isfinite(norms(image)))
 
 
 def stats_of(carry: Carry) -> Stats:

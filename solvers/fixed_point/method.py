@@ -65,6 +65,10 @@ class FixedPointSolver(abc.ABC):
         """The memory to start from, of one that `lasting` has kept; solves may start from the same one repeatedly."""
         return memory
 
+    def retries(self, memory: Any) -> Tensor | None:
+        """Rows (rows,) for which `propose` would shorten the last step if it led to a NaN; None for no row."""
+        return None
+
     @abc.abstractmethod
     def propose(self, problem: Problem, at: Evaluated, memory: Any) -> Proposal:
         """The next iterate after an evaluation."""

@@ -13,6 +13,9 @@ from ..transforms import any_true, inside_transform, recording_tangents
 from .method import Evaluated, FixedPointSolver, Proposal
 from .problem import Problem
 
+SHORTEST = 2.0**-10
+"""The smallest share of a step that the line search tries."""
+
 
 @dataclasses.dataclass(frozen=True)
 class NewtonMemory:
@@ -45,7 +48,7 @@ class Newton(FixedPointSolver):
 
     Attributes:
         linear_solver: solves A step = r.
-        line_search: halve a row's step while its residual is larger than before, up to ten times.
+        line_search: halve a row's step while its residual is larger than before, or not finite, up to ten times.
 
     Raises:
         TypeError: `linear_solver` is not a linear solver.
@@ -63,6 +66,10 @@ class Newton(FixedPointSolver):
         """Nothing known yet."""
         return NewtonMemory()
 
+    def retries(self, memory: NewtonMemory) -> Tensor | None:
+        """Those whose step can be halved once more."""
+        return None if memory.length is None or not self.line_search else memory.length > SHORTEST
+
     def propose(self, problem: Problem, at: Evaluated, memory: NewtonMemory) -> Proposal:
         """The Newton step, or for a row whose residual grew half of the last one."""
         step, cost = self._solve(problem, at)
@@ -73,7 +80,7 @@ class Newton(FixedPointSolver):
         after = NewtonMemory(at.z, step, at.norm, one)
         if self.line_search and memory.z is not None:
             assert memory.step is not None and memory.norm is not None and memory.length is not None
-            refused = ~(at.norm <= memory.norm) & (memory.length > 2.0**-10)
+            refused = ~(at.norm <= memory.norm) & (memory.length > SHORTEST)
             if any_true(refused):
                 rows = refused.unsqueeze(1)
                 z = torch.where(rows, memory.z, at.z)
