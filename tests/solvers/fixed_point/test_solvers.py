@@ -212,6 +212,44 @@ class TestStatuses:
         assert solution.report() == "all 3 samples converged"
 
 
+class TestLineSearch:
+    """A step that leaves the domain of the function is halved, as one that makes the residual grow."""
+
+    x0 = torch.tensor([[10.0], [2.0], [100.0], [-1.0]], dtype=D)
+    c = torch.tensor([[1.0], [1.0], [0.5], [1.0]], dtype=D)
+
+    @staticmethod
+    def residual(x, c):
+        return torch.log(x) - c
+
+    @pytest.mark.parametrize("solver", [Newton(), Broyden()], ids=name)
+    def test_comes_back_from_a_nan(self, solver):
+        solution = root(self.residual, self.x0, (self.c,), solver=solver, rtol=1e-10, max_steps=100)
+        # The last sample starts outside, from where there is no way back.
+        assert solution.stats.status.tolist() == 3 * [Status.CONVERGED] + [Status.NON_FINITE]
+        torch.testing.assert_close(solution.value[:3], self.c[:3].exp())
+        for row in range(3):
+            alone = root(
+                self.residual, self.x0[row, None], (self.c[row, None],), solver=solver, rtol=1e-10, max_steps=100
+            )
+            assert alone.stats.steps[0] == solution.stats.steps[row]
+            torch.testing.assert_close(alone.value[0], solution.value[row], rtol=1e-12, atol=0)
+
+    @pytest.mark.parametrize("solver", [Newton(line_search=False), Broyden(line_search=False)], ids=name)
+    def test_may_be_switched_off(self, solver):
+        solution = root(self.residual, self.x0, (self.c,), solver=solver, rtol=1e-10, max_steps=100)
+        assert solution.stats.status[0] == Status.NON_FINITE
+
+    def test_gives_up_in_the_end(self):
+        """Only the starting point itself is in the domain."""
+        x0 = torch.zeros(1, 1, dtype=D)
+        for solver in (Newton(), Broyden()):
+            solution = root(lambda x: torch.where(x == 0, x + 1, torch.nan), x0, solver=solver, max_steps=100)
+            assert solution.stats.status.item() == Status.NON_FINITE
+            assert solution.value.item() == 0
+            assert solution.stats.steps.item() < 12
+
+
 class TestInitialValue:
     def test_is_neither_changed_nor_returned(self):
         z0 = torch.zeros(2, 3, dtype=D)
