@@ -16,8 +16,9 @@ from .function import Cotangents, Solve
 from .mesh import PickBars
 from .method import Carry
 from .problem import Keeper
-from .pullback import Backward, ExplicitPullback, Record, Recorded, RecordedPullback, Recorder, Sums, Tape
+from .pullback import Backward, ExplicitPullback, RecordedPullback
 from .replay import replay
+from .tape import Record, Recorded, Recorder, Sums, Tape
 
 # Steps are recorded as they are taken, which saves repeating them, while their stages take fewer bytes than these.
 _TAPED = 8 * 2**20

@@ -25,10 +25,10 @@ from .function import Cotangents, Solve
 from .interpolation import polynomial
 from .method import Method, Rhs, Time, column
 from .problem import Problem, Run, Tolerance
-from .pullback import Sums, Tape, vector_jacobian
 from .sample_steps import SampleSteps
 from .shared_steps import SharedSteps
 from .stops import Stop, cotangent_stops, pull_mesh
+from .tape import Sums, Tape, vector_jacobian
 from .times import Times
 
 # Gauss-Legendre nodes and weights on [0, 1], exact for polynomials of degree 5.
@@ -147,7 +147,7 @@ class AdjointRhs(Rhs):
         if torch.is_grad_enabled() and matrix.requires_grad:
             y = y if y.requires_grad else y.detach().requires_grad_()
             rate = self.inner(t, y)
-            (pulled,) = torch.autograd.grad(rate, y, bar, create_graph=True, allow_unused=True)
+            pulled: Tensor | None = torch.autograd.grad(rate, y, bar, create_graph=True, allow_unused=True)[0]
         else:
             with torch.enable_grad():
                 leaf = y.detach().requires_grad_()
@@ -233,7 +233,7 @@ class BackwardSolve:
             # Stops at the two ends of neighbouring steps differ by rounding.
             values = torch.stack([here, torch.where((here - there).abs() <= near, here, there)], dim=1)
             times = Times(values, values, None)
-        elif abs(here - there) <= float(near):
+        elif float(abs(here - there)) <= float(near):
             return matrix
         else:
             values = torch.tensor([here, there], dtype=torch.float64, device=matrix.device)

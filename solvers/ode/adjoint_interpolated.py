@@ -63,12 +63,12 @@ class _Path:
         if isinstance(t, Tensor):
             return self._at_each(t)
         start, length, dense = self._steps[max(bisect.bisect_right(self._keys, t * self._sign) - 1, 0)]
-        theta = torch.full((1,), (t - start) / length, dtype=torch.float64, device=dense.device)
+        theta = torch.full((1,), float((t - start) / length), dtype=torch.float64, device=dense.device)
         return polynomial(dense.unsqueeze(0), theta)[0]
 
     def _at_each(self, t: Tensor) -> Tensor:
         if self._stacked is None:
-            starts, lengths, dense = (torch.stack([step[i] for step in self._steps]) for i in range(3))
+            starts, lengths, dense = (torch.stack([torch.as_tensor(step[i]) for step in self._steps]) for i in range(3))
             sign = lengths.sum(0).sign()
             # Where a sample took no step there is nothing to find.
             keys, order = torch.where(lengths == 0, torch.inf, starts * sign).T.sort(dim=1)

@@ -157,7 +157,8 @@ class PIDController(Controller):
             aim = self.safety * ratio.clamp(min=1e-16) ** (-1 / order)
         else:
             aim = self.safety * max(ratio, 1e-16) ** (-1 / order)
-        factor, following = aim ** (self.i + self.p + self.d), ()
+        factor = aim ** (self.i + self.p + self.d)
+        following: tuple[Any, ...] = ()
         if self.p or self.d:
             last, before = history or (1.0, 1.0)
             factor = factor * last ** (-self.p - 2 * self.d)
@@ -165,6 +166,7 @@ class PIDController(Controller):
                 factor = factor * before**self.d
             following = (aim, last)
         if isinstance(factor, Tensor):
+            assert isinstance(ratio, Tensor)
             return torch.where(
                 ratio > 1, factor.clamp(self.factor_min, 1.0), factor.clamp(self.factor_min, self.factor_max)
             ), following

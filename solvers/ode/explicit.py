@@ -123,7 +123,7 @@ class Workspace:
         if isinstance(h, float):
             return torch.addmv(self._y, self._prefixes[i], self._weights[i], alpha=h).view_as(self._like)
         change = torch.mv(self._prefixes[i], self._weights[i]).view_as(self._like)
-        return torch.addcmul(self._y.view_as(self._like), change, column(h, change))
+        return torch.addcmul(self._y.view_as(self._like), change, torch.as_tensor(column(h, change)))
 
     def error(self, h: Time) -> Tensor | None:
         """h sum_i error_i k_i."""

@@ -93,7 +93,7 @@ class Interpolation:
         slack = 1e-12 * (high - low)
         outside = (each < low - slack) | (each > high + slack) | ~each.isfinite()
         if bool(outside.any()):
-            where = outside.any(1).nonzero()[0].item()
+            where = int(outside.any(1).nonzero()[0])
             raise TimeError(
                 f"t: the solve reaches from {self._first.min().item():.6g} to {self._last.max().item():.6g}; got "
                 f"{each[where][outside[where].expand(each.shape[1:])][0].item():.6g}."

@@ -169,3 +169,14 @@ def column(h: Time, like: Tensor) -> Time:
     if not isinstance(h, Tensor):
         return h
     return h.to(like.dtype).unsqueeze(-1) if h.ndim else h.to(like.dtype)
+
+
+def renewed(method: Method, rhs: Rhs, t: Time, y: Tensor, carry: Carry, restart: bool | Tensor) -> Carry:
+    """The carry, made anew for the samples in `restart`."""
+    if not carry or restart is True:
+        return method.init(rhs, t, y)
+    if restart is False:
+        return carry
+    assert isinstance(restart, Tensor)
+    rows = restart.unsqueeze(-1)
+    return tuple(torch.where(rows, new, old) for new, old in zip(method.init(rhs, t, y), carry))

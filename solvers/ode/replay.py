@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from .mesh import Mesh
-from .method import Carry, Method, Rhs
-from .sample_steps import renewed
+from .method import Carry, Method, Rhs, renewed
 
 
 def replay(

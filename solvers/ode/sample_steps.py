@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,24 +12,15 @@ from ..solution import Status
 from ..transforms import all_true, any_true, plain
 from .control import History
 from .events import EventTracker
-from .mesh import END, FORCED, FREE, Mesh, Taken, take
-from .method import Carry, Method, Rhs, Time
+from .first_step import first_steps
+from .lined_up import LinedUp, Tried
+from .mesh import END, FORCED, FREE, Mesh, take
+from .method import Carry, renewed
 from .problem import Keeper, Problem, Run
 from .shared_steps import GIVE_WAY, RETREAT, STRETCH, UNDERFLOW
 
 # So many iterations are looked through together for output times that lie inside their steps.
 _CHUNK = 16
-
-
-class _Tried(NamedTuple):
-    """One iteration: the steps tried, and which of them were accepted; all (batch,)."""
-
-    t: Tensor
-    h: Tensor
-    accepted: Tensor
-    lands: Tensor
-    moves: Tensor
-    fresh: Tensor
 
 
 class SampleSteps:
@@ -49,7 +39,7 @@ class SampleSteps:
         self.start, self.end = self.outputs[:, 0], self.outputs[:, -1]
         self.sign = (self.end - self.start).sign()
         self.stops, self.kinds, self.jumps = self._stops()
-        self.tried: list[_Tried] = []
+        self.tried: list[Tried] = []
         self.waiting: list[Tensor] = []
         self.dense: Tensor | None = None
         self.kept_dense: list[Tensor] = []
@@ -127,7 +117,7 @@ class SampleSteps:
                 finite = step.y.isfinite().all(-1)
                 accepted = finite & active
             arrived = accepted & lands
-            self.tried.append(_Tried(t, step_h, accepted, torch.where(arrived, kind, FREE), moves, fresh))
+            self.tried.append(Tried(t, step_h, accepted, torch.where(arrived, kind, FREE), moves, fresh))
             if self.keeper is not None:
                 self.keeper.offer(iteration, y, handed, breaks)
             bare, breaks = step.carry, False
@@ -232,7 +222,7 @@ class SampleSteps:
         return ended
 
     def _first_steps(self, t: Tensor, y: Tensor, carry: Carry) -> Tensor:
-        given = self.control.first_step if self.problem.first_step is None else abs(self.problem.first_step)
+        given: Any = self.control.first_step if self.problem.first_step is None else abs(self.problem.first_step)
         h = first_steps(self.problem, t, y, carry, self.end - self.start) if given is None else given * self.sign
         return self._clip(h)
 
@@ -293,106 +283,6 @@ class SampleSteps:
             wish=h,
             component=self.component,
         )
-
-
-class LinedUp:
-    """The accepted steps of all samples, each sample's n-th in the n-th row, between any two kept states.
-
-    Attributes:
-        count: rows.
-        firsts: the row with which each segment between kept states begins.
-        iterations: (rows, batch) in which iteration the step was taken; where there is none, some iteration.
-    """
-
-    def __init__(self, tried: list[_Tried], kept: list[int], last: Tensor) -> None:
-        """`kept` are the iterations at which states were kept, `last` the times reached."""
-        self._batch, self._device = len(last), last.device
-        starts = kept or [0]
-        self.firsts, self.count = [0] * len(starts), 0
-        self.iterations = torch.zeros((0, self._batch), dtype=torch.long, device=self._device)
-        self._tried, self._last = tried, last
-        if not tried:
-            return
-        accepted = torch.stack([x.accepted for x in tried])
-        before = accepted.cumsum(0) - accepted.long()
-        bounds = torch.tensor(starts, device=self._device)
-        segment = torch.searchsorted(bounds, torch.arange(len(tried), device=self._device), right=True) - 1
-        rank = before - before[bounds][segment]
-        sizes = [stop - start for start, stop in zip(starts, [*starts[1:], len(tried)])]
-        longest = torch.stack([part.amax() for part in (rank + accepted).split(sizes)])
-        firsts = longest.cumsum(0) - longest
-        self.firsts, self.count = firsts.tolist(), int(longest.sum())
-        self._rows = rank + firsts[segment].unsqueeze(1)
-        self._accepted = accepted.nonzero(as_tuple=True)
-        # A sample without a step waits where the next segment finds it.
-        after = torch.stack([*(tried[i].t for i in starts[1:]), last])
-        self._waiting = after.repeat_interleave(longest, dim=0)
-        self.iterations = self._place(torch.zeros_like(self._waiting, dtype=torch.long), self._accepted[0])
-
-    def index_of(self, iterations: Tensor) -> Tensor:
-        """The rows of steps given by iteration (k, batch)."""
-        return self._rows.gather(0, iterations) if self._tried else iterations
-
-    def steps(self, picks: Tensor, replace: Tensor | None) -> list[Taken]:
-        """The rows."""
-        if not self.count:
-            return []
-
-        def lined(name: str, fill: Tensor) -> Tensor:
-            values = torch.stack([getattr(x, name) for x in self._tried])
-            return self._place(fill, values[self._accepted])
-
-        zeros, no = torch.zeros_like(self._waiting), torch.zeros_like(self._waiting, dtype=torch.bool)
-        t, h = lined("t", self._waiting), lined("h", zeros)
-        lands, moves, fresh = lined("lands", zeros.long()), lined("moves", no), lined("fresh", no)
-        asked = torch.zeros(self.count, dtype=torch.bool, device=self._device)
-        asked[picks.flatten()] = True
-        waits = h == 0
-        flags = torch.stack([asked, fresh.any(1), waits.any(1)]).tolist()
-        return [
-            Taken(
-                t[i],
-                h[i],
-                lands[i],
-                moves[i],
-                i == 0 or (fresh[i] if flags[1][i] else False),
-                flags[0][i],
-                replace if i == 0 else None,
-                waits[i] if flags[2][i] else None,
-            )
-            for i in range(self.count)
-        ]
-
-    def _place(self, fill: Tensor, values: Tensor) -> Tensor:
-        return fill.index_put((self._rows[self._accepted], self._accepted[1]), values)
-
-
-def renewed(method: Method, rhs: Rhs, t: Time, y: Tensor, carry: Carry, restart: bool | Tensor) -> Carry:
-    """The carry, made anew for the samples in `restart`."""
-    if not carry or restart is True:
-        return method.init(rhs, t, y)
-    if restart is False:
-        return carry
-    assert isinstance(restart, Tensor)
-    rows = restart.unsqueeze(-1)
-    return tuple(torch.where(rows, new, old) for new, old in zip(method.init(rhs, t, y), carry))
-
-
-def first_steps(problem: Problem, t: Tensor, y: Tensor, carry: Carry, span: Tensor) -> Tensor:
-    """As `first_step`, for every sample (batch,)."""
-    rhs, tolerance, order = problem.rhs, problem.tolerance, problem.method.error_order or 1
-    slope, scale = problem.method.derivative(rhs, t, y, carry), tolerance.scale(y)
-    d0, d1 = tolerance.sample_ratio(y, scale), tolerance.sample_ratio(slope, scale)
-    small = (torch.minimum(d0, d1) < 1e-5) | ~(d0 + d1).isfinite()
-    guess = torch.minimum(torch.where(small, 1e-6 * span.abs(), 0.01 * d0 / d1), span.abs())
-    h = guess * span.sign()
-    change = rhs(t + h, y + h.to(y.dtype).unsqueeze(-1) * slope) - slope
-    largest = torch.maximum(d1, tolerance.sample_ratio(change, scale) / guess)
-    second = torch.where(
-        largest <= 1e-15, torch.clamp(guess * 1e-3, min=1e-6 * span.abs()), (0.01 / largest) ** (1 / order)
-    )
-    second = torch.minimum(torch.minimum(100 * guess, second), span.abs())
-    return torch.where(largest.isfinite(), second, guess) * span.sign()
 
 
 def _updated(old: History, new: History, accepted: Tensor) -> History:

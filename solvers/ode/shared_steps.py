@@ -11,6 +11,7 @@ from ..solution import Status
 from ..transforms import any_true, inside_transform, plain
 from .control import History
 from .events import EventTracker
+from .first_step import first_step
 from .mesh import END, FORCED, FREE, Mesh, Taken
 from .method import Carry, Step
 from .problem import Keeper, Problem, Run
@@ -116,7 +117,7 @@ class SharedSteps:
                     self.rejected += 1
                     steady = False
                     if math.isfinite(ratio):
-                        wish = h = self._clip(step_h * min(control.factor(ratio, history, order)[0], 1.0))
+                        wish = h = self._clip(step_h * min(float(control.factor(ratio, history, order)[0]), 1.0))
                     else:
                         h = step_h * (RETREAT if step.failed is None else GIVE_WAY)
                     if self._drop_lost(t, y, carry, step, step_h, h, ratio):
@@ -249,10 +250,11 @@ class SharedSteps:
 
     def _swapped(self, y: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
         """State and carry with healthy samples' rows in place of those that ended."""
-        assert self.replace is not None
+        replace = self.replace
+        assert replace is not None
 
         def swap(rows: Tensor) -> Tensor:
-            return rows.index_select(0, self.replace)
+            return rows.index_select(0, replace)
 
         return swap(y), tuple(map(swap, carry))
 
@@ -295,24 +297,3 @@ class SharedSteps:
             component=self.component,
             hits=self.tracker.hits if self.tracker else [],
         )
-
-
-def first_step(problem: Problem, t: float, y: Tensor, carry: Carry) -> float:
-    """A first step with which Euler's method would be about as accurate as the tolerance asks.
-
-    Source: Hairer, Norsett, Wanner 1993, section II.4.
-    """
-    rhs, tolerance, order = problem.rhs, problem.tolerance, problem.method.error_order or 1
-    assert problem.times.listed is not None
-    span = problem.times.listed[-1] - t
-    slope, scale = problem.method.derivative(rhs, t, y, carry), tolerance.scale(y)
-    d0, d1 = tolerance.batch_ratio(y, scale), tolerance.batch_ratio(slope, scale)
-    guess = 1e-6 * abs(span) if min(d0, d1) < 1e-5 or not math.isfinite(d0 + d1) else 0.01 * d0 / d1
-    guess = min(guess, abs(span))
-    h = math.copysign(guess, span)
-    change = rhs(t + h, y + h * slope) - slope
-    largest = max(d1, tolerance.batch_ratio(change, scale) / guess)
-    if not math.isfinite(largest):
-        return guess
-    second = max(1e-6 * abs(span), guess * 1e-3) if largest <= 1e-15 else (0.01 / largest) ** (1 / order)
-    return min(100 * guess, second, abs(span))
