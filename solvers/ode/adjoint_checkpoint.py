@@ -165,7 +165,9 @@ class Segments:
         recorded: list[Recorded] = []
         for taken, records in zip(self.run.mesh.steps, steps):
             if records[0] is None:
-                start = recorded[-1][0][end][0].detach()
+                last = recorded[-1][0][end]
+                assert last is not None
+                start = last[0].detach()
                 if taken.replace is not None:
                     start = start.index_select(0, taken.replace)
             else:

@@ -233,7 +233,7 @@ class BackwardSolve:
             # Stops at the two ends of neighbouring steps differ by rounding.
             values = torch.stack([here, torch.where((here - there).abs() <= near, here, there)], dim=1)
             times = Times(values, values, None)
-        elif float(abs(here - there)) <= float(near):
+        elif not isinstance(there, Tensor) and abs(here - there) <= float(near):
             return matrix
         else:
             values = torch.tensor([here, there], dtype=torch.float64, device=matrix.device)

@@ -79,7 +79,8 @@ class SampleSteps:
         order, adaptive, observe = method.error_order or 1, problem.adaptive, problem.observe
         interpolate = problem.dense or len(self.steps_of_output) > 0
         t, y, carry, active = self._begin()
-        scale, handed = tolerance.scale(y), ()
+        scale = tolerance.scale(y)
+        handed: Carry = ()
         h, memory = self._first_steps(t, y, carry), None
         moves = steady = fresh = torch.ones_like(active)
         stop = torch.zeros_like(self.status)
@@ -166,7 +167,7 @@ class SampleSteps:
             active = active & ~done & ~lost & ~stopped
             news = int(plain(torch.where(lost, 2, active.long())).max())
             if news == 2:
-                self._end_lost(lost, finite, tolerance.component(step.error if adaptive else step.y, scale))
+                self._end_lost(lost, finite, tolerance.component(step.y if step.error is None else step.error, scale))
             if len(self.waiting) == _CHUNK:
                 self._flush(t)
             if news != 1 and not any_true(active):
@@ -222,7 +223,9 @@ class SampleSteps:
         return ended
 
     def _first_steps(self, t: Tensor, y: Tensor, carry: Carry) -> Tensor:
-        given: Any = self.control.first_step if self.problem.first_step is None else abs(self.problem.first_step)
+        given: float | Tensor | None = self.control.first_step
+        if self.problem.first_step is not None:
+            given = abs(self.problem.first_step)
         h = first_steps(self.problem, t, y, carry, self.end - self.start) if given is None else given * self.sign
         return self._clip(h)
 

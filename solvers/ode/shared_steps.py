@@ -125,7 +125,8 @@ class SharedSteps:
                             break
                         h = wish
                     continue
-                factor, history = control.factor(ratio, history, order)
+                change, history = control.factor(ratio, history, order)
+                factor = float(change)
                 self.ratio = ratio
             elif self._drop_broken(t, step, step_h):
                 if not self._survivors():
