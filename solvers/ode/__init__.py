@@ -4,7 +4,8 @@ How the parts fit:
 
 - `method.py`: what an integrator is (`Method`: init, step, dense), on (batch, n) matrices. Read its docstring to add
   one: a frozen option class, and a line here. `explicit.py` holds the explicit Runge-Kutta methods, `tableau.py` their
-  algebra.
+  algebra. `esdirk.py` holds the implicit ones: `newton.py` and `linearised.py` solve their stage equations,
+  `stage_root.py` differentiates them. `reversible.py` and `symplectic.py` hold those whose steps can be undone.
 - `control.py`: step-size controllers. `times.py`: output times, checked.
 - `problem.py`: what the drivers get and give. `shared_steps.py` is the driver with one step for the batch. A driver
   runs without derivatives and leaves a mesh of accepted steps.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,10 @@ from .function import Cotangents, Solve
 from .mesh import PickBars
 from .method import Carry
 from .problem import Keeper
-from .pullback import Backward, RecordedPullback, Sums, Tape
-from .reversible import ReversibleMethod
+from .pullback import Backward, RecordedPullback
+from .reversible import Point, ReversibleMethod
+from .tape import Sums, Tape
+from .tracer import Tracer
 
 
 class ReversibleTrajectory(Adjoint):
@@ -76,36 +79,73 @@ class _Reversed(Solve):
 
     def backward(self, bars: tuple[Tensor, ...]) -> Cotangents:
         assert self.run is not None and self.keeper.last is not None
-        mesh, rhs = self.run.mesh, self.inner
-        sums = Sums(self.shared, self.externals)
-        picks = PickBars(mesh, bars[1] if len(bars) > 1 else None)
-        pullback = RecordedPullback(self.method, Tape(rhs, sums, self.timed), mesh, picks, self.ends)
-        bar, drift = Backward(bars[0]), _Drift(bars[0])
-        stop, (y, carry), memory, calls = len(mesh.steps), self.keeper.last, None, rhs.calls
-        for first, start, held in reversed(self.keeper.kept):
-            for index in reversed(range(first, stop)):
-                taken = mesh.steps[index]
-                with torch.no_grad():
-                    before, held_before, memory = self.method.undo(rhs, taken.t, y, taken.h, carry, memory)
-                    y, carry = _unless(taken.waits, (before, held_before), (y, carry))
-                if index == first:
-                    known = start if taken.replace is None else start.index_select(0, taken.replace)
-                    drift.measure(y, known)
-                    y, carry = start, held
-                pullback.pull(range(index, index + 1), y, carry, bar)
-                drift.weigh(bar.y, index == first)
-            stop = first
+        steps, sums, calls = self.run.mesh.steps, Sums(self.shared, self.externals), self.inner.calls
+        walk = _Walk(self, sums, self.keeper.last, bars)
+        drift, stop = _Drift(bars[0]), len(steps)
+        for first, y, carry in reversed(self.keeper.kept):
+            for index in reversed(range(first + 1, stop)):
+                walk.back(index)
+                drift.weigh(walk.bar.y)
+            if first < stop:
+                replace = steps[first].replace
+                drift.measure(walk.start(first), y if replace is None else y.index_select(0, replace))
+                walk.back_to(first, (y, carry))
+                drift.weigh(walk.bar.y, kept=True)
+            stop, walk.at = first, (y, carry)
         drift.check(self.drift)
-        return Cotangents(bar.t, bar.end, bar.y, sums.totals, rhs.calls - calls, len(mesh.steps))
+        bar = walk.bar
+        return Cotangents(bar.t, bar.end, bar.y, sums.totals, self.inner.calls - calls, len(steps))
 
 
-def _unless(waits: Tensor | None, moved: tuple[Tensor, Carry], still: tuple[Tensor, Carry]) -> tuple[Tensor, Carry]:
-    """State and carry `moved`, but `still` for samples that wait."""
-    if waits is None:
-        return moved
-    rows = waits.unsqueeze(-1)
-    carry = tuple(torch.where(rows, old, new) for new, old in zip(moved[1], still[1]))
-    return torch.where(rows, still[0], moved[0]), carry
+class _Walk:
+    """Goes back through the steps with the states and their cotangents.
+
+    Attributes:
+        at: the state and carry that it has reached.
+        bar: the cotangents there.
+    """
+
+    def __init__(self, solve: _Reversed, sums: Sums, last: Point, bars: tuple[Tensor, ...]) -> None:
+        assert solve.run is not None
+        self._method, self._rhs, self._steps, self._timed = solve.method, solve.inner, solve.run.mesh.steps, solve.timed
+        mesh, tape = solve.run.mesh, Tape(solve.inner, sums, solve.timed)
+        self._pullback = RecordedPullback(solve.method, tape, mesh, PickBars(mesh, _second(bars)), solve.ends)
+        self._record = Tracer(sums)
+        self._memory: Any = None
+        self._trace: Any = None
+        self.at, self.bar = last, Backward(bars[0])
+
+    def back(self, index: int) -> None:
+        """Through step `index`, to where it is reconstructed to begin."""
+        taken, (_, carry) = self._steps[index], self.at
+        if not taken.dense and not self._timed and taken.waits is None:
+            known = self.bar.carry or (None,) * len(carry)
+            carry_bar = tuple(torch.zeros_like(part) if bar is None else bar for part, bar in zip(carry, known))
+            bar = self.bar.y, carry_bar
+            found = self._method.retrace(self._rhs, taken.t, taken.h, self.at, bar, self._record, self._trace)
+            if found is not None:
+                self.at, (self.bar.y, self.bar.carry), self._trace = found
+                return
+        self.back_to(index, self.start(index))
+
+    def start(self, index: int) -> Point:
+        """Where step `index` began that ended here."""
+        taken, (y, carry) = self._steps[index], self.at
+        with torch.no_grad():
+            before, held, self._memory = self._method.undo(self._rhs, taken.t, y, taken.h, carry, self._memory)
+        if taken.waits is None:
+            return before, held
+        stays = taken.waits.unsqueeze(-1)
+        return torch.where(stays, y, before), tuple(torch.where(stays, old, new) for new, old in zip(held, carry))
+
+    def back_to(self, index: int, start: Point) -> None:
+        """Through step `index`, which began at `start`."""
+        self._pullback.pull(range(index, index + 1), *start, self.bar)
+        self.at, self._trace = start, None
+
+
+def _second(bars: tuple[Tensor, ...]) -> Tensor | None:
+    return bars[1] if len(bars) > 1 else None
 
 
 class _Drift:
@@ -117,14 +157,15 @@ class _Drift:
         self._errors: list[Tensor] = []
         self._weights: list[Tensor] = []
 
-    def measure(self, found: Tensor, known: Tensor) -> None:
+    def measure(self, point: Point, known: Tensor) -> None:
         """Compare a reconstructed state with the one that was kept; no error is measured where that is broken."""
+        found, _ = point
         error = norms(found - known) / norms(known).clamp_min(1.0)
         healthy = known.isfinite().all(dim=1)
         self._errors.append(torch.where(healthy, error.nan_to_num(nan=torch.inf), 0.0))
 
-    def weigh(self, bar: Tensor, kept: bool) -> None:
-        """Note the size of the cotangent of a state, and whether the state was one that is kept."""
+    def weigh(self, bar: Tensor, kept: bool = False) -> None:
+        """Note the size of the cotangent of a state, and whether the state is one that was kept."""
         size = norms(bar)
         self._heaviest = torch.maximum(self._heaviest, size)
         if kept:

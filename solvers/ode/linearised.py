@@ -11,7 +11,7 @@ from ..linear import LinearOperator, LinearSolver
 from ..solution import Solution
 from ..transforms import inside_transform, no_derivatives
 from .method import Rhs, Time
-from .pullback import vector_jacobian
+from .tape import vector_jacobian
 
 _HALF = (torch.float16, torch.bfloat16)
 

@@ -13,6 +13,7 @@ from ..options import options, require
 from .explicit import ExplicitRungeKutta, Tsit5
 from .method import Carry, Method, Rhs, Step, Time, column, hermite
 from .tableau import Tableau
+from .tracer import Tracer
 
 
 class ReversibleMethod(Method):
@@ -22,9 +23,29 @@ class ReversibleMethod(Method):
     def undo(self, rhs: Rhs, t: Time, y: Tensor, h: Time, carry: Carry, memory: Any = None) -> Undone:
         """Where the step of length h from t began that ended in `y` and `carry`."""
 
+    def retrace(self, rhs: Rhs, t: Time, h: Time, end: Point, bar: Point, record: Tracer, memory: Any) -> Retraced:
+        """Undo a step and pull cotangents through it, evaluating the field once for both.
+
+        Args:
+            end: state and carry after the step.
+            bar: their cotangents.
+            record: records a function of a matrix.
+            memory: what retracing the step after this one returned, or None.
+
+        Returns:
+            State and carry before the step, their cotangents, and memory; None from a method that has no better way
+            than to undo the step and to record it again.
+        """
+        return None
+
+
+Point = tuple[Tensor, Carry]
+"""State and carry."""
 
 Undone = tuple[Tensor, Carry, Any]
 """State and carry before a step, and the method's memory."""
+
+Retraced = tuple[Point, Point, Any] | None
 
 
 @options
@@ -75,6 +96,19 @@ class ReversibleHeun(ReversibleMethod):
         other = 2 * y - ahead - length * rate
         slope = rhs(t, other)
         return y - 0.5 * length * (slope + rate), (other, slope), None
+
+    def retrace(self, rhs: Rhs, t: Time, h: Time, end: Point, bar: Point, record: Tracer, memory: Any) -> Retraced:
+        """The field at the second solution serves the step that starts there and the one that ends there."""
+        (y, (ahead, rate)), (y_bar, (ahead_bar, rate_bar)) = end, bar
+        length = column(h, y)
+        at_end = memory or record(lambda x: rhs(t + h, x), ahead)
+        other = 2 * y - ahead - length * rate
+        at_start = record(lambda x: rhs(t, x), other)
+        before = y - 0.5 * length * (at_start.value + rate)
+        half_bar = 0.5 * length * y_bar
+        ahead_bar = ahead_bar + at_end.pull(rate_bar + half_bar)
+        bars = (y_bar + 2 * ahead_bar, (-ahead_bar, half_bar + length * ahead_bar))
+        return (before, (other, at_start.value)), bars, at_start
 
     def dense(self, rhs: Rhs, t: Time, y: Tensor, h: Time, step: Step) -> Tensor:
         """The cubic with the slopes of the second solution, at no further evaluation."""
@@ -144,6 +178,18 @@ class AsynchronousLeapfrog(ReversibleMethod):
         velocity = (after - 2 * self.damping * pull) / (1 - 2 * self.damping)
         return middle - half * velocity, (velocity,), None
 
+    def retrace(self, rhs: Rhs, t: Time, h: Time, end: Point, bar: Point, record: Tracer, memory: Any) -> Retraced:
+        """The field in the middle of the step serves both."""
+        (y, (after,)), (y_bar, (after_bar,)) = end, bar
+        half, twice = 0.5 * column(h, y), 2 * self.damping
+        middle = y - half * after
+        pull = record(lambda x: rhs(t + 0.5 * h, x), middle)
+        velocity = (after - twice * pull.value) / (1 - twice)
+        after_bar = after_bar + half * y_bar
+        middle_bar = y_bar + pull.pull(twice * after_bar)
+        bars = (middle_bar, ((1 - twice) * after_bar + half * middle_bar,))
+        return (middle - half * velocity, (velocity,)), bars, None
+
     def dense(self, rhs: Rhs, t: Time, y: Tensor, h: Time, step: Step) -> Tensor:
         """The cubic with the velocities as slopes, at no further evaluation."""
         return hermite(y, step.y, step.stages[0], step.stages[1], h)
@@ -211,11 +257,21 @@ class Reversible(ReversibleMethod):
         spaces = memory or (None, None)
         change, space = self._back(rhs, t, y, h, spaces[1])
         other = carry[0] + change
-        bare = _bare(type(self.base))
-        forth = bare.step(rhs, t, other, h, bare.init(rhs, t, other), spaces[0])
+        forth, first_space = self._forth(rhs, t, other, h, spaces[0])
         kept = self._kept(h, y)
-        before = (y - (forth.y - other) - (1 - kept) * other) / kept
-        return before, (other,), (forth.memory, space)
+        return (y - forth - (1 - kept) * other) / kept, (other,), (first_space, space)
+
+    def retrace(self, rhs: Rhs, t: Time, h: Time, end: Point, bar: Point, record: Tracer, memory: Any) -> Retraced:
+        """Either change serves both."""
+        (y, (z,)), (y_bar, (z_bar,)) = end, bar
+        kept = self._kept(h, y)
+        back = record(lambda x: self._back(rhs, t, x, h, None)[0], y)
+        other = z + back.value
+        forth = record(lambda x: self._forth(rhs, t, x, h, None)[0], other)
+        before = (y - forth.value - (1 - kept) * other) / kept
+        y_bar = y_bar + back.pull(-z_bar)
+        bars = (kept * y_bar, (z_bar + (1 - kept) * y_bar + forth.pull(y_bar),))
+        return (before, (other,)), bars, None
 
     def dense(self, rhs: Rhs, t: Time, y: Tensor, h: Time, step: Step) -> Tensor:
         """The base method's from the second state, and the distance of the two, which shrinks along the step."""
@@ -225,11 +281,15 @@ class Reversible(ReversibleMethod):
         shift = torch.stack((apart, (self._kept(h, y) - 1) * apart))
         return torch.cat((coefficients[:2] + shift, coefficients[2:]))
 
+    def _forth(self, rhs: Rhs, t: Time, z: Tensor, h: Time, space: Any) -> tuple[Tensor, Any]:
+        """Psi_h(t, z), and the work space."""
+        bare = _bare(type(self.base))
+        step = bare.step(rhs, t, z, h, bare.init(rhs, t, z), space)
+        return step.y - z, step.memory
+
     def _back(self, rhs: Rhs, t: Time, y: Tensor, h: Time, space: Any) -> tuple[Tensor, Any]:
         """Psi_{-h}(t + h, y), and the work space."""
-        bare = _bare(type(self.base))
-        step = bare.step(rhs, t + h, y, -h, bare.init(rhs, t + h, y), space)
-        return step.y - y, step.memory
+        return self._forth(rhs, t + h, y, -h, space)
 
     def _kept(self, h: Time, y: Tensor) -> float | Tensor:
         """The coupling; one for samples that wait, whose state must stay as it is."""
@@ -247,4 +307,3 @@ def _bare(method: type[ExplicitRungeKutta]) -> ExplicitRungeKutta:
         a, b = a[:-1], b[:-1]
     name = f"{method.__name__}WithoutEstimate"
     return type(name, (method,), {"tableau": Tableau(a=a, b=b), "__doc__": method.__doc__})()
-

@@ -210,7 +210,7 @@ class TestNewton:
 
         y0 = torch.zeros(1, 1, dtype=F64)
         with torch.no_grad():
-            solution = solve_ode(field, y0, (0.0, 1.0), solver=Kvaerno3(), controller=PIDController(dt0=0.5))
+            solution = solve_ode(field, y0, (0.0, 0.3), solver=Kvaerno3(), controller=PIDController(dt0=0.2), rtol=1e-3)
         assert int(solution.stats.rejected) > 0
         # One recorded evaluation a step, whether it was tried once or several times.
         assert sum(calls) == int(solution.stats.accepted)
@@ -289,7 +289,7 @@ class TestStates:
         assert solution.value.dtype == torch.float32
 
     def test_complex(self):
-        rate = torch.tensor(-3 + 50j, dtype=torch.complex128)
+        rate = torch.tensor(-3 + 20j, dtype=torch.complex128)
         y0 = torch.tensor([[1 + 1j], [0.5 + 0j]], dtype=torch.complex128)
         solution = solve_ode(lambda t, y: rate * y, y0, (0.0, 1.0), solver=Kvaerno5(), rtol=1e-7, atol=1e-9)
         torch.testing.assert_close(solution.value[-1], y0 * torch.exp(rate), rtol=1e-5, atol=1e-6)

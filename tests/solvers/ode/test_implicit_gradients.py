@@ -134,7 +134,7 @@ class TestStiff:
     def test_robertson(self):
         rates = torch.tensor([0.04, 1e4, 3e7], dtype=F64)
 
-        def final(factors, **knobs):
+        def final(factors):
             k1, k2, k3 = rates * factors
 
             def robertson(t, y):
@@ -142,16 +142,17 @@ class TestStiff:
                 return torch.stack([-k1 * a + k2 * b * c, k1 * a - k2 * b * c - k3 * b * b, k3 * b * b], -1)
 
             y0 = torch.tensor([[1.0, 0.0, 0.0]], dtype=F64)
-            return solve_ode(robertson, y0, (0.0, 1e5), solver=Kvaerno5(), **knobs).value[-1, 0, 2]
+            return solve_ode(robertson, y0, (0.0, 1e5), solver=Kvaerno5(), rtol=1e-7, atol=1e-10).value[-1, 0]
 
         factors = torch.ones(3, dtype=F64, requires_grad=True)
-        (gradient,) = torch.autograd.grad(final(factors, rtol=1e-6, atol=1e-9), factors)
-        nudge = torch.eye(3, dtype=F64) * 1e-3
+        end = final(factors)
+        (gradient,) = torch.autograd.grad(end[2], factors)
+        # Faster rates are the same as a longer time: the derivatives by the logarithms of the rates add up to t dc/dt.
+        torch.testing.assert_close(gradient.sum(), 1e5 * rates[2] * end[1].detach() ** 2, rtol=1e-5, atol=0)
         with torch.no_grad():
-            expected = torch.stack(
-                [(final(1 + d, rtol=1e-8, atol=1e-11) - final(1 - d, rtol=1e-8, atol=1e-11)) / 2e-3 for d in nudge[:2]]
-            )
-        torch.testing.assert_close(gradient[:2], expected, rtol=1e-4, atol=1e-7)
+            nudge = 1e-3 * torch.tensor([1.0, 0.0, 0.0], dtype=F64)
+            difference = (final(1 + nudge) - final(1 - nudge))[2] / 2e-3
+        torch.testing.assert_close(gradient[0], difference, rtol=1e-4, atol=0)
 
     def test_van_der_pol(self):
         """Along the slow solution y' = -y / (mu (y^2 - 1)), so the end depends on y0 alone and not on y'0."""
