@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from typing import Any
 
@@ -219,6 +220,8 @@ class _Walk:
         # What is reconstructed worst, the earliest terms, is also what the gradient of a contraction feels least.
         share = self.weight / self.heaviest.clamp_min(torch.finfo(self.weight.dtype).tiny)
         error = share * norms(first - self.z0) / norms(self.z0).clamp_min(1.0)
+        # What has overflowed on the way back is not within any bound.
+        error = error.nan_to_num(nan=math.inf)
         if bool((error > self.drift).any()):
             worst = int(error.argmax())
             warnings.warn(
