@@ -19,7 +19,7 @@ from .methods import Adaptive, rounding
 # Of a step in which the field became NaN or infinite this fraction is tried next, if no smallest step is given.
 _RETREAT = 0.1
 
-# Called with the time, the row and the length of a step.
+# Called with the time, the matrix and the length of a step.
 Hook = Callable[[float, Tensor, float], None]
 
 
@@ -47,10 +47,10 @@ class AdaptiveSteps:
         keeper: Keeper | None,
         event: Callable[[float, Tensor], float] | None,
     ) -> None:
-        """`event` maps a time and a row to a number whose sign is watched."""
+        """`event` maps a time and a matrix to a number whose sign is watched."""
         assert problem.times.listed is not None
         self.problem, self.stepping, self.norm, self.hooks = problem, stepping, norm, hooks
-        self.keeper, self.event = keeper, event
+        self.keeper, self.event = keeper or Keeper(1), event
         self.rhs, self.method = problem.rhs, stepping.method
         self.rounded = rounding(stepping.dtype)
         self.outputs = problem.times.listed
@@ -94,9 +94,11 @@ class AdaptiveSteps:
             self.hooks,
         )
         y, t, sign = problem.y0, self.rounded(self.outputs[0]), self.sign
+        keeper = self.keeper
         self._check_finite(y)
+        keeper.renew()
         carry = method.init(rhs, t, y)
-        handed: Carry = ()
+        handed: tuple[Tensor, Carry] = (y, ())
         size, memory = norm.size(y), None
         h = self._first_step(t, y, size, carry) if control.first_step is None else control.first_step
         before = self.event(t, y) if self.event else 1.0
@@ -118,7 +120,9 @@ class AdaptiveSteps:
                 new_t, lands, jump = self.stops[-1]
                 step_h = new_t - t
             if not carry:
+                keeper.renew()
                 carry = method.init(rhs, t, y)
+            keeper.attempt()
             step = method.step(rhs, t, y, step_h, carry, memory)
             memory, new_size = step.memory, norm.size(step.y)
             assert step.error is not None
@@ -145,17 +149,17 @@ class AdaptiveSteps:
                 count = 0
             if happened:
                 self.located = self._locate(t, step_h, before)
-            if self.keeper is not None:
-                self.keeper.offer(len(self.steps), y, handed)
+            keeper.offer(len(self.steps), *handed, restart)
             self.steps.append(Taken(t, step_h, lands, moves, restart, passed or happened))
-            t, y, size, restart = new_t, step.y, new_size, False
-            carry = handed = step.carry
+            t, y, size, carry, restart = new_t, step.y, new_size, step.carry, False
+            handed = (y, carry)
             h = control.following(abs(step_h), ratio) if ratio >= 0 else control.min_step
             if lands:
                 moves = False
                 self.stops.pop()
                 if jump is not None:
-                    t, carry, handed, restart = jump, (), (), True
+                    t, carry, restart = jump, (), True
+        keeper.close(*handed)
         return found(problem, y, self.steps, self.picks, self.dense, self.places, self.rejected)
 
     def stops_ahead(self) -> bool:
@@ -212,10 +216,10 @@ def locate(
     """The time within a step at which `event`, whose sign was that of `before`, changes it.
 
     Args:
-        dense: coefficients (p + 1, 1, n) of the step's interpolant.
+        dense: coefficients (p + 1, rows, n) of the step's interpolant.
         t, h: where the step starts and its length.
         before: a number with the event's sign at the start.
-        event: of time and row.
+        event: of time and matrix.
         tolerance: how exactly it is located, by bisection.
     """
     low, high, sign = 0.0, 1.0, (before > 0) - (before < 0)

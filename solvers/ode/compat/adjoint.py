@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...solution import AdjointWarning
-from ..pullback import vector_jacobian
+from ..tape import vector_jacobian
 from .interface import as_answer
 from .layout import ErrorNorm, Layout, Norm
 from .methods import CALLBACKS, FOREIGN, read_method
@@ -221,8 +221,8 @@ class _Backsolve:
         """`t` are the times between which it is solved; `timed` says whether their cotangents are wanted."""
         self.request, self.t, self.timed, self.params = request, t, timed, params
         like = request.y0
-        self.width = like.shape[1]
-        y = request.layout.split(request.layout.elements(like)[0])
+        self.width = like.numel()
+        y = request.layout.split(request.layout.elements(like).flatten())
         parts = (y,) if isinstance(y, Tensor) else y
         tensors = [x.detach() for x in (like.new_zeros(()), *parts, *parts, *params)]
         layout = _AugmentedLayout(tensors)
@@ -232,10 +232,9 @@ class _Backsolve:
         left = {key: value for key, value in backward.options.items() if key != "norm"}
         sign = -1.0 if t[0] < t[-1] else 1.0
         stepping = read_method(backward.method, left, layout.real, sign, float(t[-1]))
-        self.zeros = [
-            layout.join([x.reshape(-1)]) for x in map(torch.zeros_like, map(as_real, tensors[1 + 2 * len(parts) :]))
-        ]
-        row = torch.cat([like.new_zeros((1, 1)), like, like, *self.zeros], 1)
+        self.zeros = [like.new_zeros((1, as_real(x).numel()), dtype=layout.real) for x in params]
+        flat = like.detach().reshape(1, -1)
+        row = torch.cat([like.new_zeros((1, 1)), flat, flat, *self.zeros], 1)
         self.solver = Request(
             field=self._field,
             layout=layout,
@@ -254,28 +253,31 @@ class _Backsolve:
             # A copy, because complex numbers must not begin at an odd place.
             leaf = y.detach().clone().requires_grad_()
             time = t.detach().requires_grad_(self.timed)
-            out = self.request.field(time, leaf.to(self.request.y0.dtype))
+            out = self.request.field(time, leaf.view_as(self.request.y0).to(self.request.y0.dtype))
         inputs = (leaf, *self.params, time) if self.timed else (leaf, *self.params)
         pulled: Sequence[Tensor | None] = (None,) * len(inputs)
         if out.requires_grad:
-            pulled = vector_jacobian((out,), inputs, (-bar.to(out.dtype),), True)
+            pulled = vector_jacobian((out,), inputs, (-bar.view_as(out).to(out.dtype),), True)
         found = [zeros if x is None else as_real(x).reshape(1, -1) for x, zeros in zip(pulled[1:], self.zeros)]
         at_time = pulled[-1] if self.timed else None
         first = row.new_zeros((1, 1)) if at_time is None else at_time.reshape(1, 1)
-        return torch.cat([first, out.detach(), torch.zeros_like(y) if pulled[0] is None else pulled[0], *found], 1)
+        return torch.cat(
+            [first, out.detach().reshape(1, -1), torch.zeros_like(y) if pulled[0] is None else pulled[0], *found], 1
+        )
 
     def run(self, rows: Tensor, bars: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Cotangents of y0, of the times and of the parameters.
 
         Args:
-            rows: the solution (T, 1, n) at the times.
+            rows: the solution (T, rows, n) at the times.
             bars: its cotangents.
 
         Raises:
             AssertionError: a solve between two times failed.
         """
         n, t, field = self.width, self.t, self.request.field
-        row = torch.cat([bars.new_zeros((1, 1)), rows[-1], bars[-1], *self.zeros], 1)
+        flat, flat_bars = rows.reshape(len(t), 1, n), bars.reshape(len(t), 1, n)
+        row = torch.cat([bars.new_zeros((1, 1)), flat[-1], flat_bars[-1], *self.zeros], 1)
         t_bar = torch.zeros_like(t)
         for i in range(len(t) - 1, 0, -1):
             if self.timed:
@@ -285,13 +287,14 @@ class _Backsolve:
             if t[i] != t[i - 1]:
                 solver = dataclasses.replace(self.solver, y0=row, t=t[i - 1 : i + 1].flip(0))
                 row = solver.solve()[0][1].clone()
-            row[:, 1 : 1 + n] = rows[i - 1]
-            row[:, 1 + n : 1 + 2 * n] += bars[i - 1]
+            row[:, 1 : 1 + n] = flat[i - 1]
+            row[:, 1 + n : 1 + 2 * n] += flat_bars[i - 1]
         if self.timed:
             t_bar[0] = row[0, 0]
         found = self.solver.layout.split(row[0])[-len(self.params) :] if self.params else ()
         pulled = [x.to(param.dtype) for x, param in zip(found, self.params)]
-        return row[:, 1 + n : 1 + 2 * n].clone().to(bars.dtype), t_bar if self.timed else None, pulled
+        y_bar = row[:, 1 + n : 1 + 2 * n].clone().to(bars.dtype).view(bars.shape[1:])
+        return y_bar, t_bar if self.timed else None, pulled
 
 
 class _AugmentedLayout(Layout):

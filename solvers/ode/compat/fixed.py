@@ -48,7 +48,7 @@ class FixedSteps:
     """One solve along a grid."""
 
     def __init__(self, problem: Problem, fixed: Fixed, grid: Tensor, hooks: Hooks, keeper: Keeper | None) -> None:
-        self.problem, self.fixed, self.hooks, self.keeper = problem, fixed, hooks, keeper
+        self.problem, self.fixed, self.hooks, self.keeper = problem, fixed, hooks, keeper or Keeper(1)
         self.times: list[float] = grid.tolist()
         self.lengths: list[float] = grid.diff().tolist()
 
@@ -67,9 +67,11 @@ class FixedSteps:
         for i, (t, new_t, h) in enumerate(moments):
             if self.hooks.step is not None:
                 self.hooks.step(t, y, abs(h))
-            handed = carry
+            handed = (y, carry)
             if not carry:
+                self.keeper.renew()
                 carry = method.init(rhs, t, y)
+            self.keeper.attempt()
             step = method.step(rhs, t, y, h, carry, memory)
             memory, wanted = step.memory, False
             while len(places) + 2 < len(outputs) and (new_t - outputs[len(places) + 1]) * sign >= 0:
@@ -78,10 +80,10 @@ class FixedSteps:
             if wanted:
                 picks.append(i)
                 dense.append(method.dense(rhs, t, y, h, step))
-            if self.keeper is not None:
-                self.keeper.offer(i, y, handed)
+            self.keeper.offer(i, *handed, restart)
             steps.append(Taken(t, h, FREE, False, restart, wanted))
             y, carry, restart = step.y, step.carry, False
+        self.keeper.close(y, carry)
         return found(problem, y, steps, picks, dense, places, 0)
 
 
@@ -96,9 +98,9 @@ class FixedStepsToEvent:
         event: Callable[[float, Tensor], float],
         tolerance: Any,
     ) -> None:
-        """`event` maps a time and a row to a number whose sign is watched; `tolerance` is how exactly in time."""
+        """`event` maps a time and a matrix to a number whose sign is watched; `tolerance` is how exactly in time."""
         assert fixed.step_size is not None, "an event under a method of fixed steps needs `step_size` in options"
-        self.problem, self.keeper, self.event, self.tolerance = problem, keeper, event, tolerance
+        self.problem, self.keeper, self.event, self.tolerance = problem, keeper or Keeper(1), event, tolerance
         self.length = float(fixed.step_size)
         self.located: float | None = None
 
@@ -118,17 +120,19 @@ class FixedStepsToEvent:
         for i in itertools.count():
             if i == _MOST_STEPS_TO_EVENT:
                 raise RuntimeError(f"Reached maximum number of iterations {i}: no event up to t = {t:.6g}.")
-            handed = carry
+            handed = (y, carry)
             if not carry:
+                self.keeper.renew()
                 carry = method.init(rhs, t, y)
+            self.keeper.attempt()
             step = method.step(rhs, t, y, h, carry, memory)
             after = self.event(t + h, step.y)
             happened = (after > 0) - (after < 0) != (before > 0) - (before < 0)
             dense = [method.dense(rhs, t, y, h, step)] if happened else []
-            if self.keeper is not None:
-                self.keeper.offer(i, y, handed)
+            self.keeper.offer(i, *handed, restart)
             steps.append(Taken(t, h, FREE, True, restart, happened))
             if happened:
+                self.keeper.close(step.y, step.carry)
                 self.located = locate(dense[0], t, h, before, self.event, self.tolerance)
                 return found(problem, step.y, steps, [i], dense, [], 0)
             t, y, carry, memory, restart = t + h, step.y, step.carry, step.memory, False
@@ -136,7 +140,7 @@ class FixedStepsToEvent:
 
 
 def recorded(rhs: Rhs, fixed: Fixed, grid: Tensor, y: Tensor, t: Tensor, hooks: Hooks) -> list[Tensor]:
-    """The rows at the output times `t`, in operations that autograd records, derivatives of the grid included."""
+    """The matrices at the output times `t`, in operations that autograd records, derivatives of the grid included."""
     outputs, times = t.tolist(), grid.tolist()
     sign = math.copysign(1.0, outputs[-1] - outputs[0])
     rows = [y]
@@ -148,8 +152,8 @@ def recorded(rhs: Rhs, fixed: Fixed, grid: Tensor, y: Tensor, t: Tensor, hooks: 
         step = _RecordedStep(rhs, fixed, start, end, y)
         while len(rows) < len(outputs) and (times[i + 1] - outputs[len(rows)]) * sign >= 0:
             inside = len(rows) + 1 < len(outputs) and outputs[len(rows)] != times[i + 1]
-            rows.append(step.at(t[len(rows)]) if inside else step.end_row)
-        y = step.end_row
+            rows.append(step.at(t[len(rows)]) if inside else step.last)
+        y = step.last
     return rows
 
 
@@ -157,7 +161,7 @@ class _RecordedStep:
     """One step between two times that may require gradients.
 
     Attributes:
-        end_row: the row at its end.
+        last: the matrix at its end.
     """
 
     def __init__(self, rhs: Rhs, fixed: Fixed, start: Tensor, end: Tensor, y: Tensor) -> None:
@@ -166,10 +170,10 @@ class _RecordedStep:
         self._stages: list[Tensor] = []
         for i in range(self._tableau.stages):
             self._evaluate(i)
-        self.end_row = y + self._combined(self._tableau.b)
+        self.last = y + self._combined(self._tableau.b)
 
     def at(self, t: Tensor) -> Tensor:
-        """The row at a time inside, interpolated."""
+        """The matrix at a time inside, interpolated."""
         tableau = self._tableau
         if len(self._stages) == tableau.stages and any(any(row[tableau.stages :]) for row in tableau.interpolant):
             self._evaluate(tableau.end)

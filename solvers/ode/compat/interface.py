@@ -69,8 +69,8 @@ def odeint(
 
 
 def as_answer(request: Request, rows: Tensor, time: Tensor | None) -> Any:
-    """What the caller gets, from rows (T, 1, n) and the time of the event, if one was asked for."""
-    solution = request.layout.split(request.layout.elements(rows)[:, 0])
+    """What the caller gets, from matrices (T, rows, n) and the time of the event, if one was asked for."""
+    solution = request.layout.split(request.layout.elements(rows).flatten(1))
     return solution if time is None else (time.to(request.t), solution)
 
 

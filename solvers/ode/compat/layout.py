@@ -1,4 +1,4 @@
-"""States as torchdiffeq has them, a tensor or a tuple of tensors without a batch, as one row, and back."""
+"""States as torchdiffeq has them, a tensor or a tuple of tensors without a batch, as one matrix, and back."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ State = Tensor | tuple[Tensor, ...]
 
 
 class Layout:
-    """How a state lies in a real row (1, n).
+    """How a state lies in a real matrix (rows, n): a real tensor of two dimensions as it is, all else in one row.
 
     Attributes:
         shapes: of the tensors.
         single: whether the state is a tensor and no tuple.
         dtype: of all tensors together, real or complex.
-        real: the row's dtype.
-        device: the row's device.
+        real: the matrix's dtype.
+        device: the matrix's device.
+        matrix: its shape.
     """
 
     def __init__(self, state: State, broadcasts: bool = False) -> None:
@@ -39,9 +40,12 @@ class Layout:
         self.sizes = [shape.numel() for shape in self.shapes]
         self.starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
         self._whole = self.shapes[0]
+        as_is = self.single and len(self._whole) == 2 and self.dtype is self.real
+        width = sum(self.sizes) * (2 if self.dtype.is_complex else 1)
+        self.matrix = tuple(self._whole) if as_is else (1, width)
 
     def pack(self, state: Any) -> Tensor:
-        """The row of a state or of a derivative.
+        """The matrix of a state or of a derivative.
 
         Raises:
             RuntimeError: a tensor of another shape.
@@ -53,24 +57,26 @@ class Layout:
                 raise RuntimeError(f"func returned shape {tuple(state.shape)}, expected y0's, {tuple(self._whole)}.")
             state = state.expand(self._whole)
         if state.dtype is self.real:
-            row: Tensor = state.reshape(1, -1)
-            return row
+            matrix: Tensor = state.reshape(self.matrix)
+            return matrix
         return self.join([state.reshape(-1)])
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """The row of flat parts."""
+        """The matrix of flat parts."""
         flat = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(self.dtype)
-        return (torch.view_as_real(flat) if flat.is_complex() else flat).reshape(1, -1)
+        return (torch.view_as_real(flat) if flat.is_complex() else flat).reshape(self.matrix)
 
-    def elements(self, rows: Tensor) -> Tensor:
-        """Rows (..., n), complex where the state is."""
+    def elements(self, matrices: Tensor) -> Tensor:
+        """The entries of matrices (..., rows, n), complex where the state is."""
         if not self.dtype.is_complex:
-            return rows
-        return torch.view_as_complex(rows.reshape(*rows.shape[:-1], -1, 2))
+            return matrices
+        return torch.view_as_complex(matrices.reshape(*matrices.shape[:-1], -1, 2))
 
-    def unpack(self, row: Tensor) -> State:
-        """The state of a row (1, n)."""
-        return row.view(self._whole) if self.dtype is self.real and self.single else self.split(self.elements(row)[0])
+    def unpack(self, matrix: Tensor) -> State:
+        """The state of a matrix (rows, n)."""
+        if self.dtype is self.real and self.single:
+            return matrix.view(self._whole)
+        return self.split(self.elements(matrix).flatten())
 
     def split(self, elements: Tensor) -> State:
         """The state of `elements` (..., entries); dimensions in front are kept, as those of output times."""
@@ -92,22 +98,22 @@ class ErrorNorm:
     def __init__(
         self, layout: Layout, rtol: Any, atol: Any, norm: Norm | None = None, controlled: int | None = None
     ) -> None:
-        """`rtol` and `atol` are numbers, or rows (1, entries); only the first `controlled` tensors of a tuple count."""
+        """`rtol` and `atol` are numbers or matrices (rows, entries); only the first `controlled` tensors count."""
         self.layout, self.rtol, self.atol, self.norm, self._controlled = layout, rtol, atol, norm, controlled
         roots = [1 / math.sqrt(max(size, 1)) for size in layout.sizes[:controlled]]
         self._roots = torch.tensor(roots, dtype=layout.real, device=layout.device)
 
-    def size(self, row: Tensor) -> Tensor:
-        """Magnitudes of a row's entries."""
-        return self.layout.elements(row).abs()
+    def size(self, matrix: Tensor) -> Tensor:
+        """Magnitudes of a matrix's entries."""
+        return self.layout.elements(matrix).abs()
 
     def ratio(self, error: Tensor, size: Tensor) -> float:
-        """Of a row `error` at magnitudes `size`; one synchronisation."""
+        """Of a matrix `error` at magnitudes `size`; one synchronisation."""
         scaled = self.layout.elements(error) / (size * self.rtol + self.atol)
         if self.norm is not None:
-            return _number(self.norm(self.layout.split(scaled[0])))
+            return _number(self.norm(self.layout.split(scaled.flatten())))
         if self.layout.single:
-            return _number(torch.linalg.vector_norm(scaled)) / math.sqrt(max(scaled.shape[-1], 1))
+            return _number(torch.linalg.vector_norm(scaled)) / math.sqrt(max(scaled.numel(), 1))
         norms = [torch.linalg.vector_norm(part) for part in scaled[0].split(self.layout.sizes)[: self._controlled]]
         return _number((torch.stack(norms) * self._roots).max())
 

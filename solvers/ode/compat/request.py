@@ -60,7 +60,7 @@ def checked_method(method: str | None) -> str:
 
 
 def read_tolerance(name: str, tolerance: Any, layout: Layout) -> Any:
-    """A number, or a row (1, entries) of numbers."""
+    """A number, or a matrix (rows, entries) of numbers."""
     assert not (isinstance(tolerance, Tensor) and tolerance.requires_grad), f"{name} cannot require gradient"
     if not layout.single:
         try:
@@ -74,7 +74,11 @@ def read_tolerance(name: str, tolerance: Any, layout: Layout) -> Any:
         rows = [torch.as_tensor(part).reshape(-1).expand(size) for part, size in zip(parts, layout.sizes)]
         return torch.cat(rows).to(layout.real).to(layout.device).unsqueeze(0)
     if isinstance(tolerance, Tensor) and tolerance.ndim:
-        return tolerance.to(layout.device, layout.real).expand(layout.shapes[0]).reshape(1, -1)
+        return (
+            tolerance.to(layout.device, layout.real)
+            .expand(layout.shapes[0])
+            .reshape(layout.matrix if not layout.dtype.is_complex else (1, -1))
+        )
     return float(tolerance)
 
 
@@ -90,9 +94,9 @@ class Request:
     """One solve.
 
     Attributes:
-        field: the caller's function on rows.
+        field: the caller's function on matrices.
         layout: of the state.
-        y0: as a row (1, n).
+        y0: as a matrix (rows, n).
         t: output times (T,); for an event only the first one and the direction count.
         stepping: the integrator and its options.
         norm: of errors.
@@ -112,7 +116,7 @@ class Request:
     seen: tuple[Func, Tensor]
 
     def problem(self) -> Problem:
-        """For the adjoints, which see a batch of one sample."""
+        """For the adjoints. What lies in the rows of a matrix takes its steps together."""
         method: Method
         if isinstance(self.stepping, Adaptive):
             method = self.stepping.method
@@ -120,7 +124,7 @@ class Request:
             method = Given(self.stepping.tableau)
         values = self.t.detach().double()
         return Problem(
-            rhs=Rhs(self.field, (), flatten(self.y0)[1], 1),
+            rhs=Rhs(self.field, (), flatten(self.y0)[1], len(self.y0)),
             y0=self.y0,
             times=Times(self.t, values, values.tolist()),
             method=method,
@@ -130,23 +134,24 @@ class Request:
         )
 
     def solve(self) -> tuple[Tensor, Tensor | None]:
-        """The rows at the output times (T, 1, n), and for an event its time, in float64; then T is 2."""
+        """The matrices at the output times (T, rows, n), and for an event its time, in float64; then T is 2."""
         if isinstance(self.stepping, Fixed) and self.event is None:
             grid = make_grid(self.stepping, *self.seen, self.t)
             if self.stepping.perturb or grid.requires_grad or must_tape():
                 rhs = self.problem().rhs
                 return torch.stack(recorded(rhs, self.stepping, grid, self.y0, self.t, self.hooks)), None
-            task = RequestedTask(self, grid)
         else:
-            task = RequestedTask(self, None)
+            grid = None
+        task = RequestedTask(self.problem(), lambda stats: None, self, grid, Findings())
         if len(self.t) == 1:
             return self.y0.unsqueeze(0), None
         outcome = task.solve()
         first = self.y0.unsqueeze(0)
         if self.event is None:
             return torch.cat([first, *_inner_rows(task, outcome), outcome.y.unsqueeze(0)]), None
-        assert task.located is not None
-        time = torch.tensor(task.located, dtype=torch.float64, device=self.y0.device)
+        located = task.findings.located
+        assert located is not None
+        time = torch.tensor(located, dtype=torch.float64, device=self.y0.device)
         if outcome.dense is None:
             return torch.cat([first, first]), time
         last = torch.tensor([len(outcome.run.mesh.steps) - 1])
@@ -155,19 +160,32 @@ class Request:
         return torch.cat([first, horner(outcome.dense[0], theta).unsqueeze(0)]), time
 
 
-class RequestedTask(Task):
-    """A request as the adjoints see it.
+@dataclasses.dataclass
+class Findings:
+    """What a driver found beside its run.
 
     Attributes:
         located: when the event happened.
         noisy: whether the field drew random numbers after its first evaluation.
     """
 
-    def __init__(self, request: Request, grid: Tensor | None) -> None:
-        super().__init__(request.problem(), lambda stats: None)
-        self.request, self.grid = request, grid
-        self.located: float | None = None
-        self.noisy = False
+    located: float | None = None
+    noisy: bool = False
+
+
+@dataclasses.dataclass
+class RequestedTask(Task):
+    """A request as the adjoints see it.
+
+    Attributes:
+        request: what was asked for.
+        grid: the times of fixed steps.
+        findings: filled by the driver.
+    """
+
+    request: Request
+    grid: Tensor | None
+    findings: Findings
 
     @property
     def end(self) -> Tensor | None:
@@ -180,7 +198,7 @@ class RequestedTask(Task):
             # Which of them are used, and when, only a recording tells.
             return DirectAdjoint().solve(self)
         outcome = CheckpointedTrajectory(CheckpointAdjoint()).solve(self)
-        if self.noisy and outcome.y.requires_grad and not must_tape():
+        if self.findings.noisy and outcome.y.requires_grad and not must_tape():
             # A replay in the backward pass would meet other noise; this one's noise is recorded with it.
             return taped(self.problem, outcome.run, self.start, self.end)
         return outcome
@@ -200,8 +218,8 @@ class RequestedTask(Task):
                 driver = FixedStepsToEvent(problem, request.stepping, keeper, event, request.norm.atol)
             before = _generator_state(request.y0.device)
             run = driver.run()
-            self.noisy = not torch.equal(before, _generator_state(request.y0.device))
-            self.located = getattr(driver, "located", None)
+            self.findings.noisy = not torch.equal(before, _generator_state(request.y0.device))
+            self.findings.located = getattr(driver, "located", None)
         return run
 
     def _event(self) -> Callable[[float, Tensor], float] | None:
@@ -210,14 +228,14 @@ class RequestedTask(Task):
             return None
         dtype = self.request.stepping.dtype if isinstance(self.request.stepping, Adaptive) else layout.real
 
-        def at(time: float, row: Tensor) -> float:
-            return float(plain(event(torch.tensor(time, dtype=dtype, device=t.device), layout.unpack(row))))
+        def at(time: float, y: Tensor) -> float:
+            return float(plain(event(torch.tensor(time, dtype=dtype, device=t.device), layout.unpack(y))))
 
         return at
 
 
 def _inner_rows(task: RequestedTask, outcome: Outcome) -> list[Tensor]:
-    """The rows at the output times but the first and the last, (T - 2, 1, n), if there are any."""
+    """The matrices at the output times but the first and the last, (T - 2, rows, n), if there are any."""
     if outcome.dense is None:
         return []
     run = outcome.run
@@ -264,17 +282,37 @@ def read_request(
         t = t.to(layout.device)
     sign = -1.0 if len(t) > 1 and bool(t[0] > t[1]) else 1.0
     stepping = read_method(method, left, layout.real, sign, float(t[0].detach()))
-    row = layout.pack(y0)
     hooks = read_hooks(func, method, layout, times_dtype(stepping, t))
 
-    def field(t: Tensor, row: Tensor) -> Tensor:
-        return layout.pack(func(t, layout.unpack(row)))
+    field = _on_matrices(func, layout)
 
     def flat(t: Tensor, y: Tensor) -> Tensor:
-        return layout.elements(field(t, layout.join([y])))[0]
+        return layout.elements(field(t, layout.join([y]))).flatten()
 
-    seen = (func, y0) if isinstance(y0, Tensor) else (flat, layout.elements(row)[0])
-    return Request(field, layout, row, t, stepping, errors, hooks, event_fn, seen)
+    matrix = layout.pack(y0)
+    seen = (func, y0) if isinstance(y0, Tensor) else (flat, layout.elements(matrix).flatten())
+    return Request(field, layout, matrix, t, stepping, errors, hooks, event_fn, seen)
+
+
+def _on_matrices(func: Func, layout: Layout) -> Field:
+    """The caller's function on matrices."""
+    shape, matrix, dtype = layout.shapes[0], layout.matrix, layout.real
+
+    def in_general(t: Tensor, y: Tensor) -> Tensor:
+        return layout.pack(func(t, layout.unpack(y)))
+
+    def on_tensors(t: Tensor, y: Tensor) -> Tensor:
+        out = func(t, y.view(shape))
+        return out.reshape(matrix) if out.shape == shape and out.dtype is dtype else layout.pack(out)
+
+    def on_matrices(t: Tensor, y: Tensor) -> Tensor:
+        # Without a recording `y` is the integrator's own, whose requires_grad a function may set: it gets a view.
+        out = func(t, y if torch.is_grad_enabled() else y.view(shape))
+        return out if out.shape == shape and out.dtype is dtype else layout.pack(out)
+
+    if not layout.single or layout.dtype is not dtype:
+        return in_general
+    return on_matrices if matrix == shape else on_tensors
 
 
 def times_dtype(stepping: Adaptive | Fixed, t: Tensor) -> torch.dtype:
@@ -289,14 +327,14 @@ def read_hooks(func: object, method: str, layout: Layout, dtype: torch.dtype) ->
     if unknown := set(given) - set(known):
         warnings.warn(f"Solver '{method}' does not support callbacks {unknown}", stacklevel=4)
 
-    def on_row(name: str) -> Hook | None:
+    def on_matrix(name: str) -> Hook | None:
         if name not in given:
             return None
 
-        def hook(t: float, row: Tensor, h: float) -> None:
+        def hook(t: float, y: Tensor, h: float) -> None:
             time, length = (torch.tensor(x, dtype=dtype, device=layout.device) for x in (t, h))
-            given[name](time, layout.unpack(row), length)
+            given[name](time, layout.unpack(y), length)
 
         return hook
 
-    return Hooks(*(on_row(name) if name in known else None for name in CALLBACKS))
+    return Hooks(*(on_matrix(name) if name in known else None for name in CALLBACKS))
