@@ -6,6 +6,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..linear import LinearOperator, LinearSolver
 from ..solution import Solution
@@ -28,10 +29,21 @@ class Jacobian:
     @staticmethod
     def at(rhs: Rhs, t: Time, y: Tensor) -> Jacobian:
         """At (t, y), by an evaluation of its own; not inside torch.func transforms."""
+        if torch.is_inference_mode_enabled():
+            return Jacobian._recordable(rhs, t, y)
         with torch.enable_grad():
             point = y.detach().requires_grad_()
             rate = rhs(t, point)
         return Jacobian(rate, point)
+
+    @staticmethod
+    def _recordable(rhs: Rhs, t: Time, y: Tensor) -> Jacobian:
+        """The same within inference mode, whose tensors take part in no recording unless they are copied."""
+        with torch.inference_mode(False), torch.no_grad():
+            t, y, args = pytree.tree_map_only(Tensor, torch.clone, (t, y, rhs.args))
+            found = Jacobian.at(rhs.with_args(args), t, y)
+        rhs.calls += 1
+        return found
 
     def pull(self, v: Tensor) -> Tensor:
         """J^T v (batch, n)."""
@@ -45,7 +57,7 @@ class Jacobian:
         """J v (batch, n), as the derivative of J^T u with respect to u."""
         if not self.rate.requires_grad:
             return torch.zeros_like(v)
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             dummy = torch.zeros_like(self.rate, requires_grad=True)
             (product,) = torch.autograd.grad(self.rate, self.point, dummy, create_graph=True, allow_unused=True)
         if product is None or not product.requires_grad:

@@ -128,6 +128,10 @@ class _Solve:
     def __init__(self, jacobian: Jacobian, g: Time, dense_size: int, once: bool) -> None:
         self._jacobian, self._g, self.once = jacobian, g, once
         self._applied = jacobian.point.shape[1] > dense_size
+        # Under autocast the products are only as linear as its type is fine.
+        point = jacobian.point
+        autocast = torch.is_autocast_enabled(point.device.type)
+        self._eps = torch.finfo(torch.get_autocast_dtype(point.device.type) if autocast else point.dtype).eps
 
     @functools.cached_property
     def _system(self) -> Factorised | Applied:
@@ -151,7 +155,7 @@ class _Solve:
             return x
         product = column(self._g, x) * self._jacobian.pull(x)
         residual, size = right - x + product, norms(right) + norms(x) + norms(product)
-        wrong = ~(norms(residual) <= torch.finfo(x.dtype).eps ** 0.5 * size) & (right != 0).any(dim=1)
+        wrong = ~(norms(residual) <= self._eps**0.5 * size) & (right != 0).any(dim=1)
         if any_true(wrong):
             raise SolverError(_WRONG.format(sample=int(wrong.nonzero()[0])))
         return x + self._system.solve(residual, transposed)
@@ -160,7 +164,7 @@ class _Solve:
         assert isinstance(self._system, Applied)
         solution = self._system.solution(right, transposed)
         residual = solution.stats.residual
-        loose = ~solution.converged & ~(residual <= torch.finfo(right.dtype).eps ** 0.5)
+        loose = ~solution.converged & ~(residual <= self._eps**0.5)
         if any_true(loose):
             worst = int(torch.where(loose, residual.nan_to_num(nan=torch.inf), -1.0).argmax())
             warnings.warn(

@@ -312,3 +312,23 @@ class TestStates:
         y0 = torch.ones(1, 1, dtype=F64)
         solution = solve_ode(field, y0, (0.0, 1.0), solver=Kvaerno5(), controller=PIDController(jump_t=(0.5,)))
         assert float(solution.value[-1]) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("dense_size", [64, 0])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_inference_mode_changes_nothing(per_sample, dense_size):
+    def field(t, y, rate):
+        return -rate * (y - torch.tanh(y.flip(1)) * torch.cos(t).reshape(-1, 1))
+
+    def solve():
+        y0, rate = torch.tensor([[0.3, -1.0], [2.0, 0.5]], dtype=F64), torch.tensor([[50.0], [200.0]], dtype=F64)
+        solver = Kvaerno3(newton=StageNewton(dense_size=dense_size))
+        controller = PIDController(per_sample=per_sample)
+        return solve_ode(field, y0, (0.0, 0.5), (rate,), solver=solver, controller=controller, rtol=1e-4)
+
+    with torch.no_grad():
+        expected = solve()
+    with torch.inference_mode():
+        found = solve()
+    torch.testing.assert_close(found.value, expected.value, rtol=0, atol=0)
+    assert found.stats.evaluations.tolist() == expected.stats.evaluations.tolist()

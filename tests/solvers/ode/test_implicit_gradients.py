@@ -211,3 +211,26 @@ class TestRefusals:
         )
         (expected,) = torch.autograd.grad(alone.value[-1].sum(), y0)
         torch.testing.assert_close(gradient[1], expected[1], rtol=1e-10, atol=1e-12)
+
+
+def test_autocast():
+    y0, scale = (x.detach().float() for x in inputs())
+    weight = WEIGHT.float().requires_grad_()
+
+    def loss():
+        solution = solve_ode(
+            lambda t, y: -10 * y + torch.tanh(y @ weight.T).float() * scale,
+            y0,
+            (0.0, 0.4),
+            solver=Kvaerno3(),
+            controller=ConstantController(dt=0.2),
+            rtol=1e-2,
+            atol=1e-2,
+        )
+        return (solution.value[-1] ** 2).sum()
+
+    (expected,) = torch.autograd.grad(loss(), weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss()
+    (found,) = torch.autograd.grad(value, weight)
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.02 * float(expected.abs().max()))
