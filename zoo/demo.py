@@ -15,6 +15,7 @@ from torch import Tensor
 from ..models.deq import ConvDEQ
 from ..solvers import Solution, fixed_point
 from ..solvers.diagnose import certificate
+from . import demo_flow
 from .factory import create_model
 from .registry import load_card
 
@@ -29,11 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demonstration and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="restpoint demo",
-        description="Classify the held-out handwritten digits with a pretrained equilibrium model, and draw how.",
+        description="Classify held-out digits with a pretrained equilibrium model, draw samples of pretrained flows.",
         epilog="Example:\n  restpoint demo --output digits.png",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output", type=Path, default=Path("demo.png"), help="the picture (default demo.png)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("demo.png"),
+        help="the picture (default demo.png); the flows' lies beside it",
+    )
     options = parser.parse_args(argv)
 
     card = load_card(NAME)
@@ -59,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     shown = _from_easy_to_hard(steps, right)
     _print_certificate(model, inputs, solution, labels, shown[[0, SHOWN // 2, -2, -1]])
     _draw(options.output, pictures, labels, predictions, steps, _residuals(model, inputs[shown]), shown, model.deq.rtol)
-    print(f"\npicture      {options.output.resolve()}")
+    print(f"\npicture      {options.output.resolve()}\n")
+    demo_flow.main(options.output.with_stem(options.output.stem + "-flows"))
     return 0
 
 

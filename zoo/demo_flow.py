@@ -17,8 +17,8 @@ from .factory import create_model
 from .registry import load_card
 
 NAMES = ("ffjord_small.checkerboard", "ffjord_small.pinwheel")
-GRID = 120
-SAMPLES = 8000
+GRID = 80
+SAMPLES = 4000
 
 
 @dataclasses.dataclass(frozen=True)

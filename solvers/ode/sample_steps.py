@@ -225,7 +225,8 @@ class SampleSteps:
     def _first_steps(self, t: Tensor, y: Tensor, carry: Carry) -> Tensor:
         given: float | Tensor | None = self.control.first_step
         if self.problem.first_step is not None:
-            given = abs(self.problem.first_step)
+            given = self.problem.first_step
+            given = given.abs() if isinstance(given, Tensor) else abs(given)
         h = first_steps(self.problem, t, y, carry, self.end - self.start) if given is None else given * self.sign
         return self._clip(h)
 
