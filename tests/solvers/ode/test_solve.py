@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from restpoint.solvers.ode import (
     RK4,
     Bosh3,
