@@ -12,6 +12,9 @@ from torch import Tensor
 
 from ..options import options
 
+# A step shorter than the tolerance allows by more than this, as the first one mostly is, tells nothing of the trend.
+_SHORT = 1.2
+
 Size = float | Tensor
 History = tuple[Any, ...]
 
@@ -164,7 +167,7 @@ class PIDController(Controller):
             factor = factor * last ** (-self.p - 2 * self.d)
             if self.d:
                 factor = factor * before**self.d
-            following = (aim, last)
+            following = (aim.clamp(max=_SHORT) if isinstance(aim, Tensor) else min(aim, _SHORT), last)
         if isinstance(factor, Tensor):
             assert isinstance(ratio, Tensor)
             return torch.where(

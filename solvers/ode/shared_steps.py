@@ -140,13 +140,15 @@ class SharedSteps:
                 self.dense.append(method.dense(rhs, t, y, step_h, step))
             if problem.observe is not None:
                 problem.observe(t, step_h, self.dense[-1] if wanted else method.dense(rhs, t, y, step_h, step))
+            # What an observer's dense output hands over is none that a replay would know.
+            left = step.carry if wanted else bare
             keeper.offer(self.accepted, *handed, restart or self.replace is not None)
             self.steps.append(Taken(t, step_h, lands, moves, restart, wanted, self.replace))
             self.replace = None
             self.accepted += 1
             ended = self._locate(crossings, t, step_h)
             t, y, scale, restart = new_t, step.y, new_scale, False
-            carry, handed = step.carry, (step.y, bare)
+            carry, handed = step.carry, (step.y, left)
             if ended and not self._survivors():
                 break
             if adaptive:

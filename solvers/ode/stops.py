@@ -33,8 +33,8 @@ class Stop:
 def cotangent_stops(problem: Problem, run: Run, dense_bar: Tensor | None) -> list[Stop]:
     """The cotangents of dense outputs as such of states, the last one first.
 
-    A linear function of a polynomial is one of its values at points: at the output times that lie in the step, or at
-    as many well-spaced points as the polynomial has coefficients where the result may depend on all of it.
+    A linear function of a polynomial is one of its values at points: at the output times that lie in the step where it
+    is one of the values there, and at as many well-spaced points as the polynomial has coefficients in any case.
     """
     if dense_bar is None or run.dense is None:
         return []
@@ -55,7 +55,7 @@ def _shared_stops(problem: Problem, run: Run, picks: list[int], dense: Tensor, d
         taken = run.mesh.steps[index]
         theta = torch.tensor([(t - taken.t) / taken.h for t in inside.get(pick, [])], dtype=torch.float64)
         weights = None if pick in whole else _weights(theta, dense.shape[1])
-        if weights is None:
+        if weights is None or not _represents(theta, weights, dense_bar[pick]):
             theta = torch.linspace(0, 1, dense.shape[1], dtype=torch.float64)
             weights = _weights(theta, dense.shape[1])
         assert weights is not None
@@ -74,18 +74,22 @@ def _sample_stops(problem: Problem, run: Run, picks: Tensor, dense: Tensor, dens
     outputs = 0 if problem.dense else len(run.places)
     if outputs:
         given = problem.times.values.expand(len(problem.y0), -1)[:, 1:-1].T
-        length = torch.where(h[:outputs] == 0, 1.0, h[:outputs])
-        times.append(given)
-        states.append(polynomial(dense[:outputs], (given - t[:outputs]) / length))
-        bars.append(dense_bar[:outputs, 0])
+        theta = (given - t[:outputs]) / torch.where(h[:outputs] == 0, 1.0, h[:outputs])
+        bar = dense_bar[:outputs]
+        powers = theta.unsqueeze(1) ** torch.arange(dense.shape[1], device=theta.device).view(-1, 1)
+        if _small(bar - powers.to(bar).unsqueeze(-1) * bar[:, :1], bar):
+            times.append(given)
+            states.append(polynomial(dense[:outputs], theta))
+            bars.append(bar[:, 0])
+        else:
+            outputs = 0
     if outputs < len(picks):
-        theta = torch.linspace(0, 1, dense.shape[1], dtype=torch.float64, device=dense.device)
-        weights = _weights(theta.cpu(), dense.shape[1])
+        nodes = torch.linspace(0, 1, dense.shape[1], dtype=torch.float64)
+        weights = _weights(nodes, dense.shape[1])
         assert weights is not None
-        for node, row in zip(theta, weights.to(dense)):
-            place = torch.full_like(t[outputs:], float(node))
+        for node, row in zip(nodes.tolist(), weights.to(dense)):
             times.append(t[outputs:] + node * h[outputs:])
-            states.append(polynomial(dense[outputs:], place))
+            states.append(polynomial(dense[outputs:], torch.full_like(t[outputs:], node)))
             bars.append(torch.einsum("p,kpbn->kbn", row, dense_bar[outputs:]))
     sign = (problem.times.values[..., -1] - problem.times.values[..., 0]).sign()
     at, y, bar = torch.cat(times), torch.cat(states), torch.cat(bars)
@@ -107,6 +111,17 @@ def _weights(theta: Tensor, count: int) -> Tensor | None:
     if float(torch.linalg.cond(powers)) > _CONDITION:
         return None
     return torch.linalg.pinv(powers)
+
+
+def _represents(theta: Tensor, weights: Tensor, bar: Tensor) -> bool:
+    """Whether a cotangent (p + 1, batch, n) of coefficients is one of the values at `theta` alone."""
+    powers = theta.unsqueeze(0) ** torch.arange(len(bar), dtype=torch.float64).unsqueeze(1)
+    return _small(bar - torch.tensordot((powers @ weights).to(bar), bar, dims=1), bar)
+
+
+def _small(difference: Tensor, bar: Tensor) -> bool:
+    """Whether it is no more than rounding."""
+    return float(difference.abs().max()) <= torch.finfo(bar.dtype).eps ** 0.5 * float(bar.abs().max())
 
 
 def pull_mesh(
