@@ -10,6 +10,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from .transforms import all_true, plain
+
 T = TypeVar("T")
 
 
@@ -162,9 +164,13 @@ class Solution(Generic[T]):
         return self.stats.converged
 
     def report(self) -> str:
-        """One sentence on the worst sample, or on all of them having converged."""
-        status, residual = self.stats.status, self.stats.residual
-        failed = (~self.converged).nonzero().flatten()
+        """One sentence on the worst sample, or on all of them having converged.
+
+        Under vmap the samples of all examples count, one after another.
+        """
+        values = [plain(t).detach() for t in (self.stats.status, self.stats.residual, self.stats.steps, self.converged)]
+        status, residual, steps, converged = (t.flatten() for t in torch.broadcast_tensors(*values))
+        failed = (~converged).nonzero().flatten()
         if len(failed) == 0:
             return f"all {len(status)} samples converged"
         # A NaN residual is worse than any number.
@@ -173,7 +179,7 @@ class Solution(Generic[T]):
         kind = Status(int(status[worst]))
         return (
             f"{len(failed)} of {len(status)} samples did not converge. The worst, sample {worst}, {kind.meaning}: "
-            f"residual {float(residual[worst]):.3g} after {int(self.stats.steps[worst])} steps. "
+            f"residual {float(residual[worst]):.3g} after {int(steps[worst])} steps. "
             f"To change: {kind.advice}."
         )
 
@@ -190,11 +196,11 @@ class Solution(Generic[T]):
         """
         if throw not in (True, False, "warn"):
             raise ValueError(f"throw must be True, False or 'warn'; got {throw!r}.")
-        if throw is False or bool(self.converged.all()):
+        if throw is False or all_true(self.converged):
             return
         message = f"{context}: {self.report()}"
         if throw is True:
             raise SolverError(message, self)
-        failed = self.stats.status[~self.converged]
+        failed = plain(self.stats.status)[~plain(self.converged)]
         kind = Status(int(torch.mode(failed).values))
         warnings.warn(message, CATEGORY[kind], stacklevel=3)
