@@ -111,9 +111,7 @@ class TestSecondOrder:
         assert gradgradcheck(lambda w, x: value(w, x, solver, adjoint, problem=problem), (w, x), fast_mode=True)
 
     @pytest.mark.parametrize("solver", CORE, ids=name)
-    @pytest.mark.parametrize(
-        "adjoint", [UnrollAdjoint(), CheckpointAdjoint(), CheckpointAdjoint(recursive=True)], ids=name
-    )
+    @pytest.mark.parametrize("adjoint", [UnrollAdjoint(), CheckpointAdjoint()], ids=name)
     def test_taped(self, solver, adjoint):
         w, x = small()
         z0 = (0.1 * torch.randn_like(x)).requires_grad_()

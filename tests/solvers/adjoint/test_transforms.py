@@ -21,6 +21,7 @@ from restpoint.solvers import (
     fixed_point,
     root,
 )
+from restpoint.solvers.solution import MaxStepsWarning
 from tests.solvers.problems import name
 
 D = torch.float64
@@ -207,6 +208,27 @@ class TestBrokenRows:
         assert status.flatten().tolist() == [Status.CONVERGED, Status.NON_FINITE, Status.CONVERGED]
         assert torch.isfinite(value).all()
         assert steps.shape == (3, 1)
+
+
+class TestThrow:
+    """Also under vmap, where no single example can be asked."""
+
+    @staticmethod
+    def one(x, throw, max_steps):
+        return fixed_point(
+            lambda z, x: f(z, x, W), torch.zeros_like(x), (x,), throw=throw, max_steps=max_steps, rtol=1e-8
+        ).value
+
+    @pytest.mark.parametrize(
+        "wrap", [lambda h: vmap(h), lambda h: vmap(grad(lambda x: h(x).sum()))], ids=["vmap", "grad"]
+    )
+    def test_raises_and_warns(self, wrap):
+        xs = torch.stack([X, 0 * X, 2 * X])
+        wrap(lambda x: self.one(x, True, 100))(xs)
+        with pytest.raises(SolverError, match="of 6 samples did not converge"):
+            wrap(lambda x: self.one(x, True, 2))(xs)
+        with pytest.warns(MaxStepsWarning, match="of 6 samples did not converge"):
+            wrap(lambda x: self.one(x, "warn", 2))(xs)
 
 
 class TestForwardLevel:
