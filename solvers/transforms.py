@@ -92,10 +92,15 @@ def no_derivatives() -> Iterator[None]:
         yield
 
 
+@functools.cache
+def _can_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
+
+
 def autocast_type(device: torch.device) -> torch.dtype | None:
     """The type that autocast computes in on this device; None where it is off."""
     kind = device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not _can_autocast(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
