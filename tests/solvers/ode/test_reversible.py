@@ -182,7 +182,7 @@ class TestAdjoint:
     @pytest.mark.parametrize("per_sample", [False, True])
     def test_through_a_terminal_event(self, per_sample):
         y0, scale, weight = inputs()
-        event = Event(lambda t, y, s: y[:, 0] - 1.3)
+        event = Event(lambda t, y, s: y[:, 0] - 1.25)
         gradients = []
         for adjoint in (DirectAdjoint(), ReversibleAdjoint()):
             solution = solve_ode(
