@@ -104,8 +104,8 @@ def start(z: Tensor, memory: Any, trajectory: bool = False) -> Carry:
     )  # fmt: skip
 
 
-def advance(problem: Problem, solver: FixedPointSolver, budget: Budget, carry: Carry) -> Carry:
-    """One evaluation, its bookkeeping, and the method's next iterate."""
+def advance(problem: Problem, solver: FixedPointSolver, budget: Budget, carry: Carry, measured: bool = False) -> Carry:
+    """One evaluation, its bookkeeping, and the method's next iterate; `measured` keeps what was evaluated."""
     z = carry.z
     image, residual = problem.evaluate(z)
     count, active, recording = carry.count + 1, carry.active, torch.is_grad_enabled()
@@ -151,7 +151,7 @@ def advance(problem: Problem, solver: FixedPointSolver, budget: Budget, carry: C
     trajectory = None if carry.trajectory is None else (*carry.trajectory, following)
     return dataclasses.replace(
         carry, z=following, memory=proposal.memory, active=active, extra=carry.extra + proposal.evaluations,
-        trajectory=trajectory, measured=(z.detach(), image.detach()), count=count, **changes,
+        trajectory=trajectory, measured=(z, image) if measured else None, count=count, **changes,
     )  # fmt: skip
 
 
@@ -249,7 +249,7 @@ def iterate(problem: Problem, solver: FixedPointSolver, budget: Budget, carry: C
     compact = compact and batch > 1 and not inside_transform() and carry.trajectory is None and problem.divisible(batch)
     result, rows, tried = carry, None, False
     while carry.count < budget.max_steps and carry.running():
-        carry = advance(problem, solver, budget, carry)
+        carry = advance(problem, solver, budget, carry, measured=compact and not tried)
         if not compact or carry.active is None or carry.count >= budget.max_steps:
             continue
         keep = carry.active.nonzero().flatten()
