@@ -27,7 +27,7 @@ def _dopri5() -> Tableau:
     Source: Shampine 1986, "Some practical Runge-Kutta formulas".
     """
     base = tableaus.DOPRI5
-    middle = (
+    middle: tuple[F | int, ...] = (
         F(6025192743, 30085553152),
         0,
         F(51252292925, 65400821598),
@@ -38,7 +38,7 @@ def _dopri5() -> Tableau:
     )
     weights: tuple[list[float], ...] = ([], [], [], [])
     for i, (b, m) in enumerate(zip(base.b, middle)):
-        start, end, half = float(i == 0), float(i == 6), float(m) / 2
+        start, end, half = float(i == 0), float(i == 6), float(F(m)) / 2
         weights[0].append(start)
         weights[1].append(end - 4 * start - 5 * b + 16 * half)
         weights[2].append(5 * start - 3 * end + 14 * b - 32 * half)
