@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..options import options
-from ..transforms import any_true
+from ..transforms import any_true, inside_transform, recording_tangents
 from ..tree import StateError
 from .interpolation import polynomial
 from .method import Rhs
@@ -203,15 +203,26 @@ def attach(event: Event, rhs: Rhs, dense: Tensor, theta: Tensor, t: Tensor, h: T
     def state(place: Tensor) -> Tensor:
         return polynomial(dense.unsqueeze(0), place.unsqueeze(0))[0]
 
-    with torch.enable_grad():
-        leaf = theta.detach().requires_grad_()
-        constant = polynomial(dense.detach().unsqueeze(0), leaf.unsqueeze(0))[0]
-        value = evaluate(event, rhs, t.detach() + leaf * h.detach(), constant)
-        (slope,) = torch.autograd.grad(value.sum(), leaf)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or inside_transform() or recording_tangents():
+        slope = _slope(event, rhs, dense.detach(), theta.detach(), t.detach(), h.detach())
         for _ in range(2):
             theta = theta - evaluate(event, rhs, t + theta * h, state(theta)) / slope
     return t + theta * h, state(theta)
+
+
+def _slope(event: Event, rhs: Rhs, dense: Tensor, theta: Tensor, t: Tensor, h: Tensor) -> Tensor:
+    """The condition's derivative (batch,) with respect to theta, a constant."""
+
+    def total(place: Tensor) -> Tensor:
+        y = polynomial(dense.unsqueeze(0), place.unsqueeze(0))[0]
+        return evaluate(event, rhs, t + place * h, y).sum()
+
+    if inside_transform():
+        return torch.func.grad(total)(theta).detach()
+    with torch.enable_grad():
+        leaf = theta.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(total(leaf), leaf)
+    return slope
 
 
 def assemble(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..solution import Stats, Status
+from ..transforms import autocast_to
 from .adjoint import Outcome, Task, taped
 from .externals import Externals
 from .problem import Run
@@ -37,7 +36,6 @@ class Solve(abc.ABC):
     def __init__(self, task: Task) -> None:
         problem = task.problem
         self.task, self.problem = task, problem
-        self.autocast = _autocast(problem.y0.device.type)
         cut = _cut_args(problem.rhs.args)
         self.inner = problem.rhs.with_args(cut)
         leaves = tensor_leaves(cut)
@@ -80,7 +78,7 @@ class Solve(abc.ABC):
         """Cotangents of the inputs, themselves differentiable."""
         count = len(inputs) - len(self.externals.tensors)
         boxes = [_Box() for _ in range(count)]
-        with torch.enable_grad(), self.autocast():
+        with torch.enable_grad():
             own = [_Cut.apply(x, box) if x.requires_grad else x for x, box in zip(inputs, boxes)]
             results = self.replayed(own)
             pairs = [(x, bar) for x, bar in zip(results, bars) if x.requires_grad]
@@ -144,9 +142,9 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, *bars: Tensor) -> Any:
         # Unpacking raises where an input was changed in place since the solve.
         inputs, solve = ctx.saved_tensors, ctx.solve
-        if torch.is_grad_enabled():
-            return (None, *solve.recorded(bars, inputs))
-        with solve.autocast():
+        with autocast_to(None, solve.problem.y0.device):
+            if torch.is_grad_enabled():
+                return (None, *solve.recorded(bars, inputs))
             pulled = solve.backward(bars)
         times = [x for x, wanted in zip((pulled.start, pulled.end), solve.ends) if wanted is not None]
         solve.task.report(_stats(solve.run, pulled))
@@ -191,14 +189,6 @@ def _cut_args(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
     cut_args: tuple[Any, ...] = pytree.tree_map(cut, args)
     return cut_args
-
-
-def _autocast(device: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """A factory of contexts that restore today's autocast."""
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return contextlib.nullcontext
-    dtype = torch.get_autocast_dtype(device)
-    return lambda: torch.autocast(device, dtype=dtype)
 
 
 def _stats(run: Run, pulled: Cotangents) -> Stats:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..transforms import autocast_to
 from ..tree import StateSpec
 from .mesh import Mesh, take
 from .times import TimeError
@@ -72,13 +73,15 @@ class Interpolation:
             TimeError: times outside of the solve, or of another shape.
         """
         coefficients, theta, _, missing = self._find(t)
-        values = polynomial(coefficients, theta)
+        with autocast_to(None, theta.device):
+            values = polynomial(coefficients, theta)
         return self._spec.unflatten(torch.where(missing, torch.nan, values))
 
     def derivative(self, t: Float[Tensor, "times"] | Float[Tensor, "batch times"]) -> Any:
         """The state's derivative with respect to time, likewise."""
         coefficients, theta, h, missing = self._find(t)
-        rates = polynomial(slope(coefficients), theta)
+        with autocast_to(None, theta.device):
+            rates = polynomial(slope(coefficients), theta)
         rates = rates / h.to(rates.dtype).reshape(*h.shape, *[1] * (rates.ndim - h.ndim))
         return self._spec.unflatten(torch.where(missing, torch.nan, rates))
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..transforms import inside_transform
+from ..transforms import autocast_type, inside_transform
 from ..tree import StateError, StateSpec
 
 Time = float | Tensor
@@ -40,6 +40,8 @@ Carry = tuple[Tensor, ...]
 
 class Rhs:
     """The right-hand side dy/dt of a problem on (batch, n) matrices.
+
+    The field runs under the autocast that was on when this was made; an integrator's own operations do not.
 
     Attributes:
         field: the user's function of (t, y, *args).
@@ -50,7 +52,20 @@ class Rhs:
         once: whether no more than first derivatives will be taken of what is recorded, which a method may make use of.
     """
 
-    __slots__ = ("_as_is", "_device", "_dtype", "_full", "_shape", "args", "batch", "calls", "field", "once", "spec")
+    __slots__ = (
+        "_as_is",
+        "_autocast",
+        "_device",
+        "_dtype",
+        "_full",
+        "_shape",
+        "args",
+        "batch",
+        "calls",
+        "field",
+        "once",
+        "spec",
+    )
 
     def __init__(self, field: Callable[..., Any], args: tuple[Any, ...], spec: StateSpec, batch: int) -> None:
         self.field, self.args, self.spec, self.batch, self.calls, self.once = field, args, spec, batch, 0, False
@@ -58,6 +73,7 @@ class Rhs:
         self._full = (batch, *spec.leaves[0].shape) if spec.single else None
         self._as_is = self._full == self._shape
         self._dtype, self._device = spec.dtype, spec.device
+        self._autocast = autocast_type(spec.device)
 
     def __call__(self, t: Time, y: Tensor) -> Tensor:
         """The derivative (batch, n) at matrix `y`.
@@ -66,17 +82,22 @@ class Rhs:
             StateError: the field returned another structure, shape, dtype or device than the state's.
         """
         self.calls += 1
-        if self._full is None:
-            return self._checked(self.field(self.time(t), self.spec.unflatten(y), *self.args))
+        if self._full is None or self._autocast is not None:
+            return self._checked(self._evaluate(t, y))
         out = self.field(self.time(t), y if self._as_is else y.reshape(self._full), *self.args)
         if isinstance(out, Tensor) and out.shape == self._full and out.dtype is self._dtype:
             return out if self._as_is else out.reshape(self._shape)
         return self._checked(out)
 
+    def _evaluate(self, t: Time, y: Tensor) -> Any:
+        if self._autocast is None:
+            return self.field(self.time(t), self.spec.unflatten(y), *self.args)
+        # Weights that autocast has cast before would tie evaluations together, and may lack their derivatives.
+        with torch.autocast(self._device.type, self._autocast, cache_enabled=False):
+            return self.field(self.time(t), self.spec.unflatten(y), *self.args)
+
     def _checked(self, out: Any) -> Tensor:
-        device = self._device.type
-        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        matrix = self.spec.flatten(out, "the field's derivative", cast=cast)
+        matrix = self.spec.flatten(out, "the field's derivative", cast=self._autocast is not None)
         if len(matrix) != self.batch:
             found = [tuple(leaf.shape) for leaf in pytree.tree_leaves(out)]
             raise StateError(f"the field's derivative: expected a batch of {self.batch}, got shapes {found}.")
@@ -90,7 +111,9 @@ class Rhs:
 
     def with_args(self, args: tuple[Any, ...]) -> Rhs:
         """The same field with other arguments, counting from zero."""
-        return Rhs(self.field, args, self.spec, self.batch)
+        other = Rhs(self.field, args, self.spec, self.batch)
+        other._autocast = self._autocast
+        return other
 
     @property
     def functional(self) -> bool:

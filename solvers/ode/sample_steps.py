@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 from ..solution import Status
 from ..transforms import all_true, any_true, plain
@@ -181,7 +182,13 @@ class SampleSteps:
         """Initial times, states and carry, healthy ones standing in for those that are broken, and who is active."""
         t, y = self.start, self.problem.y0
         carry = self.method.init(self.rhs, t, y)
-        healthy = (y.isfinite() & self.method.derivative(self.rhs, t, y, carry).isfinite()).all(-1)
+        slope = self.method.derivative(self.rhs, t, y, carry)
+        if _mapped(slope):
+            raise NotImplementedError(
+                "solve_ode: steps per sample are not supported for what torch.func.vmap maps over. Make that part of "
+                "the batch, or take one step for the batch: PIDController() and times of shape (T,)."
+            )
+        healthy = (y.isfinite() & slope.isfinite()).all(-1)
         self.replace: Tensor | None = None
         if not all_true(healthy):
             index = torch.arange(len(y), device=y.device)
@@ -287,6 +294,15 @@ class SampleSteps:
             wish=h,
             component=self.component,
         )
+
+
+def _mapped(tensor: Tensor) -> bool:
+    """Whether an enclosing vmap has an example of it for each of its own."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    return False
 
 
 def _updated(old: History, new: History, accepted: Tensor) -> History:

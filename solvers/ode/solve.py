@@ -13,7 +13,7 @@ from torch import Tensor
 from ..adjoint.shared import CheckpointAdjoint, ReversibleAdjoint
 from ..options import require, suggest
 from ..solution import Stats, Status
-from ..transforms import plain
+from ..transforms import autocast_to, not_compiled, plain
 from ..tree import StateSpec, flatten
 from .adjoint import Adjoint, Outcome, Task
 from .adjoint_checkpoint import CheckpointedTrajectory
@@ -31,6 +31,7 @@ from .times import read_times
 T = TypeVar("T")
 
 
+@not_compiled
 def solve_ode(
     field: Callable[..., T],
     y0: T,
@@ -109,6 +110,11 @@ def solve_ode(
 
 def finish(problem: Problem, adjoint: Adjoint, throw: bool | str) -> ODESolution[Any]:
     """Solve a problem that has been checked."""
+    with autocast_to(None, problem.y0.device):
+        return _finish(problem, adjoint, throw)
+
+
+def _finish(problem: Problem, adjoint: Adjoint, throw: bool | str) -> ODESolution[Any]:
     seen: list[weakref.ref[ODESolution]] = []
 
     def report(stats: Stats) -> None:

@@ -121,6 +121,7 @@ class Recorder(Rhs):
 
     def __init__(self, tape: Tape) -> None:
         super().__init__(tape.rhs.field, tape.rhs.args, tape.rhs.spec, tape.rhs.batch)
+        self._autocast = tape.rhs._autocast
         self.tape, self.active = tape, True
         self.records: list[Record] = []
 

@@ -102,7 +102,8 @@ def odeint_event(
         The time of the event, 0-dim, and the state at t0 and at the event.
 
     Raises:
-        As `odeint_interface`.
+        ValueError, AssertionError, TypeError: as `odeint_interface` does.
+        RuntimeError: a second derivative was asked for.
 
     Source: Chen, Amos, Nickel 2021, "Learning neural event functions for ordinary differential equations".
     """
