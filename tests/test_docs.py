@@ -28,6 +28,16 @@ def test_the_example_that_reuses_a_solver():
     assert all(parameter.grad is not None for parameter in names["model"].parameters())
 
 
+def test_the_examples_of_the_migration_guide():
+    names = {}
+    for block in re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/migrating-from-torchdiffeq.md").read_text(), flags=re.S
+    ):
+        exec(block, names)
+    assert names["solution"].converged.all()
+    assert all(parameter.grad is not None for parameter in names["field"].parameters())
+
+
 def test_the_models_and_recipes_that_are_named_exist():
     assert set(re.findall(r"conv_deq_\w+\.(?!yaml)\w+", README)) <= set(restpoint.list_models(pretrained=True))
     recipes = {path.name for path in (ROOT / "train" / "recipes").iterdir()}

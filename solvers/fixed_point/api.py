@@ -114,7 +114,7 @@ def root(
         The `Solution`; `stats.residual` is relative to the scale that `rtol` multiplies.
 
     Raises:
-        As `fixed_point`.
+        StateError, TypeError, ValueError, SolverError: as `fixed_point` does.
     """
     return _solve(
         residual, x0, args, Newton() if solver is None else solver, ImplicitAdjoint() if adjoint is None else adjoint,
