@@ -15,6 +15,7 @@ from .. import solvers
 from ..solvers.options import suggest
 from .errors import CardError
 from .files import write_atomically
+from .sources import to_url
 
 T = TypeVar("T")
 
@@ -29,11 +30,14 @@ class Weights:
         file: its name, in the folder of the card.
         sha256: of its bytes, in lower-case hexadecimal digits.
         size: in bytes.
+        source: where the file is to be had if it is not here: its https address, or `hf:OWNER/NAME` or
+            `hf:OWNER/NAME@REVISION` for a repository of the Hugging Face hub that holds it; "" for nowhere.
     """
 
     file: str
     sha256: str
     size: int
+    source: str = ""
 
     def __post_init__(self) -> None:
         # A card may come from anywhere: it must not be able to point outside its folder, or at a pickled file.
@@ -43,6 +47,8 @@ class Weights:
             raise CardError(f"weights.sha256 must be 64 lower-case hexadecimal digits; got {self.sha256!r}.")
         if self.size <= 0:
             raise CardError(f"weights.size must be a positive number of bytes; got {self.size}.")
+        if self.source:
+            to_url(self.source, self.file)
 
 
 @dataclasses.dataclass(frozen=True)

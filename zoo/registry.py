@@ -67,12 +67,13 @@ def cards() -> dict[str, Card]:
 
 
 def _pretrained() -> dict[str, Card]:
-    """The cards of known architectures whose weights lie where they can be loaded."""
+    """The cards of known architectures whose weights lie where they can be loaded, or can be fetched."""
     folders = checkpoint_folders()
     return {
         name: card
         for name, card in cards().items()
-        if card.architecture in architectures() and any((folder / card.weights.file).is_file() for folder in folders)
+        if card.architecture in architectures()
+        and (card.weights.source or any((folder / card.weights.file).is_file() for folder in folders))
     }
 
 
@@ -90,7 +91,7 @@ def list_models(
         family: only this family.
         task: only this task.
         pretrained: True for weights (`conv_deq_tiny.digits`), False for bare architectures (`conv_deq_tiny`), None for
-            both. Weights are listed only where their file is present.
+            both. Weights are listed only where their file is present or their card says where it is to be had.
 
     Raises:
         UnknownModelError: no architecture has this family or task.

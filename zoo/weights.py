@@ -12,20 +12,25 @@ from torch import Tensor, nn
 
 from .cards import Weights
 from .errors import CheckpointError
+from .fetch import fetch_weights
 
 SHOWN = 8
 
 
 def find_weights(weights: Weights, folders: Sequence[Path]) -> Path:
-    """The first of `folders` that holds the file.
+    """The file in the first of `folders` that holds it; where none does, it is fetched into the last.
 
     Raises:
-        CheckpointError: none does; the message names every place that was searched.
+        CheckpointError: none does, and the card names no source, or the transfer failed; the message names every place
+            that was searched, and where to put the file.
+        OSError: the last folder cannot be written.
     """
     for folder in folders:
         path = folder / weights.file
         if path.is_file():
             return path
+    if weights.source:
+        return fetch_weights(weights, folders[-1])
     raise CheckpointError(
         f"The weights {weights.file} are in none of {', '.join(str(f) for f in folders)}. Install restpoint again, "
         "or put the file into one of these folders; RESTPOINT_HOME names the parent of the last."
