@@ -32,7 +32,9 @@ class DataConfig:
 
     Attributes:
         name: a data set of `restpoint.train.data`.
-        validation: the last so many images of the training set are set aside and evaluated instead of the test set.
+        validation: the last so many images of the training set are set aside and evaluated instead of the test set,
+            every few epochs. Without, the test set is evaluated once, after the last epoch: choose a recipe with a
+            validation set, and run it without.
         batch_size: images a training step.
         eval_batch_size: images a batch of evaluation.
         augment: random affine changes of the training images, or None.
@@ -88,7 +90,7 @@ class Config:
         threads: of torch on the CPU; results are repeatable for equal numbers. None leaves torch's choice.
         device: "cpu", "cuda" or "cuda:1".
         log_every: steps between two lines of the log and points of the curves.
-        evaluate_every: epochs between two evaluations; the last epoch is always evaluated.
+        evaluate_every: epochs between two evaluations on the validation set; the last epoch is always evaluated.
         patience: stop after so many steps in a row with a loss that is not finite.
         data_dir: the folder that holds the data.
         output: the run's folder; None for runs/NAME.

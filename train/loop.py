@@ -141,7 +141,9 @@ def train(config: Config, command: str = "") -> dict[str, float]:
         writer.add_scalar("train/seconds", time.perf_counter() - began, step)
         save_checkpoint(saved, model, averaged, optimizer, step, skipped)
 
-        if (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs:
+        # The test set is looked at once, at the end, so that nothing can be chosen by it.
+        due = config.data.validation > 0 and (epoch + 1) % config.evaluate_every == 0
+        if due or epoch + 1 == config.epochs:
             shipped.load_state_dict(averaged.state_dict())
             metrics = config.task.evaluate(shipped, held_out)
             for name, value in metrics.items():

@@ -88,6 +88,13 @@ def test_the_shipped_recipe_lowers_the_loss_on_the_digits(tmp_path):
     assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
 
 
+def test_the_test_set_is_looked_at_once(tmp_path):
+    train(config(tmp_path / "test", epochs=3))
+    assert len(curves(tmp_path / "test")["eval/accuracy"]) == 1
+    train(config(tmp_path / "validation", epochs=3, data=DataConfig(name="corners", validation=32, batch_size=16)))
+    assert len(curves(tmp_path / "validation")["eval/accuracy"]) == 3
+
+
 def test_the_adjoints_statistics_are_reported(tmp_path):
     train(config(tmp_path, model=ModelConfig(arguments=dict(SMALL)), ema=None))
     points = curves(tmp_path)
