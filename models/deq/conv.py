@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
+from collections.abc import Iterator
 from typing import Any
 
 from jaxtyping import Float
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 from ...solvers import Solution
 from ...solvers.fixed_point import FixedPointSolver
 from ...solvers.fixed_point.api import AnyAdjoint
+from ..classifier import PooledClassifier
 from ..dropout import VariationalDropout
 from ..registry import register_model
 from .layer import DEQ, Problem
@@ -67,7 +71,7 @@ class BranchCell(nn.Module):
         return self.norm3(self.activation(u + self.skip * z if self.skip else u))
 
 
-class ConvDEQ(nn.Module):
+class ConvDEQ(PooledClassifier):
     """Image classifier whose features are the rest point of one block.
 
     The stem brings the image to the state's resolution and makes the injection x; the features are z = f(z, x), found
@@ -83,9 +87,7 @@ class ConvDEQ(nn.Module):
         solver, adjoint, rtol, atol, max_steps, norm, supervise: of the `DEQ`.
 
     Attributes:
-        num_classes: length of the logits.
-        num_features: channels of the pooled features.
-        input_layers: the layer that reads the image.
+        num_classes, num_features, in_chans, input_layers, feature_info: as of `PooledClassifier`.
     """
 
     input_layers = ("stem.0.0",)
@@ -120,7 +122,7 @@ class ConvDEQ(nn.Module):
                 f"ConvDEQ: stem_channels {tuple(stem_channels)} and stem_strides {tuple(stem_strides)} "
                 "differ in length."
             )
-        self.num_classes, self.num_features = num_classes, channels
+        self.num_classes, self.num_features, self.in_chans = num_classes, channels, in_chans
         widths, act = (in_chans, *stem_channels), ACTIVATIONS[activation]
         layers: list[nn.Module] = [
             nn.Sequential(_conv(a, b, stride), nn.GroupNorm(groups, b), act())
@@ -139,10 +141,13 @@ class ConvDEQ(nn.Module):
             norm=norm,
             supervise=supervise,
         )
-        self.classifier = self._new_classifier(num_classes)
-
-    def _new_classifier(self, num_classes: int) -> nn.Module:
-        return nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        self.classifier = self.new_classifier(num_classes)
+        spans = list(itertools.accumulate(stem_strides, operator.mul))
+        self.feature_info = [
+            {"num_chs": width, "reduction": span, "module": f"stem.{i}"}
+            for i, (width, span) in enumerate(zip(stem_channels, spans, strict=True))
+        ]
+        self.feature_info.append({"num_chs": channels, "reduction": (1, *spans)[-1], "module": "deq"})
 
     def problem(self, images: Float[Tensor, "batch in_chans height width"]) -> Problem:
         """The fixed-point problem whose solution the features are, as `restpoint.solvers.diagnose` takes it."""
@@ -156,31 +161,16 @@ class ConvDEQ(nn.Module):
         """The features as a Solution: how many steps each image took, how well it converged."""
         return self.deq.solve(self.stem(images))
 
-    def forward_features(
+    def forward_levels(
         self, images: Float[Tensor, "batch in_chans height width"]
-    ) -> Float[Tensor, "batch channels h w"]:
-        """The rest point."""
-        return self.deq(self.stem(images))
-
-    def forward_head(self, features: Float[Tensor, "batch channels h w"], pre_logits: bool = False) -> Tensor:
-        """Logits (batch, num_classes) of features; with `pre_logits` the pooled features (batch, channels)."""
-        pooled = features.mean(dim=(2, 3))
-        return pooled if pre_logits else self.classifier(pooled)
-
-    def forward(self, images: Float[Tensor, "batch in_chans height width"]) -> Float[Tensor, "batch num_classes"]:
-        """Logits."""
-        return self.forward_head(self.forward_features(images))
-
-    def get_classifier(self) -> nn.Module:
-        """The last layer."""
-        return self.classifier
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Put a freshly initialised classifier in place; with 0 classes `forward` returns the pooled features."""
-        weight = next(self.parameters())
-        self.num_classes = num_classes
-        self.classifier = self._new_classifier(num_classes).to(device=weight.device, dtype=weight.dtype)
-        self.classifier.train(self.training)
+    ) -> Iterator[Float[Tensor, "batch channels h w"]]:
+        """The output of each layer of the stem but the injection, then the rest point."""
+        *layers, injection = self.stem
+        x = images
+        for layer in layers:
+            x = layer(x)
+            yield x
+        yield self.deq(injection(x))
 
 
 @register_model(family="deq", task="image-classification", accepts=ConvDEQ)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 
 from ...solvers.ode import CheckpointAdjoint, Controller, Method, ODESolution
 from ...solvers.ode.adjoint import Adjoint
+from ..classifier import PooledClassifier
 from ..registry import register_model
 from .layer import NeuralODE
 
@@ -60,7 +64,7 @@ class ConvField(nn.Module):
         return self.norm3(self.conv2(t, self.act(self.norm2(hidden))))
 
 
-class ODENet(nn.Module):
+class ODENet(PooledClassifier):
     """Image classifier: a convolutional stem, a neural ODE in place of residual blocks, and a linear head.
 
     The stem is convolution, normalisation and rectification, then strided 4 x 4 convolutions; the last has none of
@@ -78,9 +82,7 @@ class ODENet(nn.Module):
         solver, controller, adjoint, rtol, atol, max_steps: of the `NeuralODE`.
 
     Attributes:
-        num_classes: length of the logits.
-        num_features: channels of the pooled features.
-        input_layers: the layer that reads the image.
+        num_classes, num_features, in_chans, input_layers, feature_info: as of `PooledClassifier`.
 
     Raises:
         ValueError: channels and strides of the stem do not fit together, or the groups do not divide the channels.
@@ -117,7 +119,7 @@ class ODENet(nn.Module):
         for width in (*stem_channels, channels):
             if width % min(groups, width):
                 raise ValueError(f"ODENet: {groups} groups do not divide {width} channels.")
-        self.num_classes, self.num_features = num_classes, channels
+        self.num_classes, self.num_features, self.in_chans = num_classes, channels, in_chans
         layers: list[nn.Module] = []
         for inputs, outputs, stride in zip((in_chans, *stem_channels), stem_channels, stem_strides, strict=False):
             if layers:
@@ -136,40 +138,29 @@ class ODENet(nn.Module):
             max_steps=max_steps,
         )
         self.norm = nn.GroupNorm(min(groups, channels), channels)
-        self.classifier = self._new_classifier(num_classes)
-
-    def _new_classifier(self, num_classes: int) -> nn.Module:
-        return nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        self.classifier = self.new_classifier(num_classes)
+        spans = list(itertools.accumulate(stem_strides, operator.mul))
+        rectified = [i for i, layer in enumerate(self.stem) if isinstance(layer, nn.ReLU)]
+        self.feature_info = [
+            {"num_chs": width, "reduction": span, "module": f"stem.{i}"}
+            for width, span, i in zip(stem_channels, spans, rectified, strict=False)
+        ]
+        self.feature_info.append({"num_chs": channels, "reduction": spans[-1], "module": "norm"})
 
     def solve(self, images: Float[Tensor, "batch in_chans height width"]) -> ODESolution[Tensor]:
         """The trajectory of the images' states: how many steps it took, and where it led."""
         return self.ode.solve(self.stem(images))
 
-    def forward_features(
+    def forward_levels(
         self, images: Float[Tensor, "batch in_chans height width"]
-    ) -> Float[Tensor, "batch channels h w"]:
-        """The end of the trajectory, normalised and rectified."""
-        return self.norm(self.ode(self.stem(images))).relu()
-
-    def forward_head(self, features: Float[Tensor, "batch channels h w"], pre_logits: bool = False) -> Tensor:
-        """Logits (batch, num_classes) of features; with `pre_logits` the pooled features (batch, channels)."""
-        pooled = features.mean(dim=(2, 3))
-        return pooled if pre_logits else self.classifier(pooled)
-
-    def forward(self, images: Float[Tensor, "batch in_chans height width"]) -> Float[Tensor, "batch num_classes"]:
-        """Logits."""
-        return self.forward_head(self.forward_features(images))
-
-    def get_classifier(self) -> nn.Module:
-        """The last layer."""
-        return self.classifier
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Put a freshly initialised classifier in place; with 0 classes `forward` returns the pooled features."""
-        weight = next(self.parameters())
-        self.num_classes = num_classes
-        self.classifier = self._new_classifier(num_classes).to(device=weight.device, dtype=weight.dtype)
-        self.classifier.train(self.training)
+    ) -> Iterator[Float[Tensor, "batch channels h w"]]:
+        """The rectified layers of the stem, then the end of the trajectory, normalised and rectified."""
+        x = images
+        for layer in self.stem:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                yield x
+        yield self.norm(self.ode(x)).relu()
 
 
 @register_model(family="ode", task="image-classification", accepts=ODENet)
