@@ -85,7 +85,8 @@ class Rhs:
         if self._full is None or self._autocast is not None:
             return self._checked(self._evaluate(t, y))
         out = self.field(self.time(t), y if self._as_is else y.reshape(self._full), *self.args)
-        if isinstance(out, Tensor) and out.shape == self._full and out.dtype is self._dtype:
+        fits = isinstance(out, Tensor) and out.shape == self._full and out.dtype is self._dtype
+        if fits and out.device == self._device:
             return out if self._as_is else out.reshape(self._shape)
         return self._checked(out)
 

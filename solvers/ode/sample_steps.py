@@ -138,11 +138,9 @@ class SampleSteps:
                 # A step that was cut short to land does not shorten the next one.
                 keeps = ~active | (arrived & (wish.abs() < h.abs()))
                 h = torch.where(keeps, h, wish)
-                lost = active & ~accepted & self._tiny(t, h)
-            else:
-                lost = active & ~accepted
-            keep = accepted.unsqueeze(-1)
+            keep, done = accepted.unsqueeze(-1), arrived & (kind == END)
             t = torch.where(accepted, new_t, t)
+            lost = active & ~done & (h.abs() < self._resolution(t, h)) if adaptive else active & ~accepted
             y, scale = torch.where(keep, step.y, y), torch.where(keep, new_scale, scale)
             # A replay does not compute every dense output, so it cannot rely on what these hand over.
             handed = tuple(torch.where(keep, new, old) for new, old in zip(bare, carry))
@@ -150,7 +148,6 @@ class SampleSteps:
                 carry = handed
             else:
                 carry = tuple(torch.where(keep, new, old) for new, old in zip(step.carry, carry))
-            done = arrived & (kind == END)
             self.accepted = self.accepted + accepted
             self.rejected = self.rejected + (active & ~accepted)
             self.evaluations = self.evaluations + active * (rhs.calls - calls)
@@ -205,9 +202,9 @@ class SampleSteps:
     def _clip(self, h: Tensor) -> Tensor:
         return h.abs().clamp(self.control.min_step, self.control.max_step) * self.sign
 
-    def _tiny(self, t: Tensor, h: Tensor) -> Tensor:
-        scale = torch.maximum(torch.maximum(t.abs(), (t + h).abs()), 1e-6 * (self.end - self.start).abs())
-        return h.abs() < UNDERFLOW * scale
+    def _resolution(self, t: Tensor, h: Tensor) -> Tensor:
+        """The shortest step of those in the order of `h` that time resolves."""
+        return UNDERFLOW * torch.maximum(torch.maximum(t.abs(), (t + h).abs()), 1e-6 * (self.end - self.start).abs())
 
     def _leap(self, stop: Tensor) -> Tensor:
         return self.jumps.gather(1, stop.clamp(min=0).unsqueeze(1)).squeeze(1)
@@ -235,7 +232,8 @@ class SampleSteps:
             given = self.problem.first_step
             given = given.abs() if isinstance(given, Tensor) else abs(given)
         h = first_steps(self.problem, t, y, carry, self.end - self.start) if given is None else given * self.sign
-        return self._clip(h)
+        h = self._clip(h)
+        return torch.maximum(h.abs(), self._resolution(t, h)) * self.sign
 
     def _flush(self, t: Tensor) -> None:
         """Look through the iterations since the last call for those that the outputs lie in."""

@@ -123,7 +123,7 @@ class SharedSteps:
                     if self._drop_lost(t, y, carry, step, step_h, h, ratio):
                         if not self._survivors():
                             break
-                        h = wish
+                        h, steady = self._resolved(t, wish), True
                     continue
                 change, history = control.factor(ratio, history, order)
                 factor = float(change)
@@ -163,6 +163,11 @@ class SharedSteps:
                     break
                 if jump is not None:
                     t, carry, restart = jump, (), True
+            if adaptive and self._tiny(t, h):
+                self._drop_stalled(t, step, scale, step_h)
+                if not self._survivors():
+                    break
+                h = self._resolved(t, h)
         done = stop == len(self.stops)
         self._end(self._living(), Status.CONVERGED if done else Status.MAX_STEPS, t, h)
         keeper.close(*handed)
@@ -170,7 +175,18 @@ class SharedSteps:
 
     def _first_step(self, t: float, y: Tensor, carry: Carry) -> float:
         given = self.control.first_step if self.problem.first_step is None else float(self.problem.first_step)
-        return self._clip(first_step(self.problem, t, y, carry) if given is None else given)
+        return self._resolved(t, self._clip(first_step(self.problem, t, y, carry) if given is None else given))
+
+    def _resolution(self, t: float, h: float) -> float:
+        """The shortest step of those in the order of `h` that time resolves."""
+        return UNDERFLOW * max(abs(t), abs(t + h), 1e-6 * abs(self.outputs[-1] - self.outputs[0]))
+
+    def _tiny(self, t: float, h: float) -> bool:
+        return abs(h) < self._resolution(t, h)
+
+    def _resolved(self, t: float, h: float) -> float:
+        """`h`, or the shortest step that time resolves."""
+        return math.copysign(max(abs(h), self._resolution(t, h)), self.sign)
 
     def _clip(self, h: float) -> float:
         return math.copysign(min(max(abs(h), self.control.min_step), self.control.max_step), self.sign)
@@ -190,8 +206,7 @@ class SharedSteps:
     def _drop_lost(self, t: float, y: Tensor, carry: Carry, step: Step, tried: float, h: float, ratio: float) -> bool:
         """End the samples for which no step `h` can be accepted any more; whether there were any."""
         assert step.error is not None
-        span = self.outputs[-1] - self.outputs[0]
-        tiny = abs(h) < UNDERFLOW * max(abs(t), abs(t + h), 1e-6 * abs(span))
+        tiny = self._tiny(t, h)
         if not tiny and (math.isfinite(ratio) or inside_transform()):
             return False
         living = self._living()
@@ -216,6 +231,21 @@ class SharedSteps:
         self._end(lost & ~broken, Status.STEP_UNDERFLOW, t, tried)
         self._replace(lost)
         return True
+
+    def _drop_stalled(self, t: float, step: Step, scale: Tensor, taken: float) -> None:
+        """End the samples on whose account the step after an accepted one would be shorter than time resolves."""
+        assert step.error is not None
+        living = lost = self._living()
+        if not inside_transform():
+            each = self.tolerance.sample_ratio(step.error, scale)
+            change, _ = self.control.factor(each, (), self.method.error_order or 1)
+            lost = living & ((taken * change).abs() < self._resolution(t, taken))
+            if not any_true(lost):
+                worst = torch.where(living, each, -math.inf).argmax()
+                lost = torch.arange(len(each), device=each.device) == worst
+        self.component = torch.where(lost, self.tolerance.component(step.error, scale), self.component)
+        self._end(lost, Status.STEP_UNDERFLOW, t, taken)
+        self._replace(lost)
 
     def _drop_broken(self, t: float, step: Step, h: float) -> bool:
         """With steps of constant length: end the samples whose next state is not finite; whether there are any."""

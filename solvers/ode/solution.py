@@ -51,16 +51,14 @@ class ODESolution(Solution[T]):
         worst = int(failed[done[failed].argmin()])
         kind = Status(int(status[worst]))
         came = ", ".join(f"{int(i)}: {float(self.reached[i]):.6g}" for i in failed[:_NAMED])
-        more = "" if len(failed) <= _NAMED else f" and {len(failed) - _NAMED} more, the last {self._least(failed):.6g}"
+        rest = self.reached[failed[_NAMED:]].tolist()
+        more = f", and {len(rest)} more between {min(rest):.6g} and {max(rest):.6g}" if rest else ""
         return (
             f"{len(failed)} of {len(status)} samples did not reach the end. Sample {worst} {kind.meaning} at "
             f"t = {float(self.reached[worst]):.9g} with a step of {float(self._trouble.step[worst]):.3g}"
             f"{self._where(worst, kind)}, after {int(self.stats.steps[worst])} steps. They reached "
-            f"t = {{{came}}}{more}. To change: {kind.advice}."
+            f"t = {{{came}{more}}}. To change: {kind.advice}."
         )
-
-    def _least(self, failed: Tensor) -> float:
-        return float(self.reached[failed[_NAMED:]].min())
 
     def _where(self, sample: int, kind: Status) -> str:
         if kind not in (Status.NON_FINITE, Status.STEP_UNDERFLOW):
