@@ -71,6 +71,7 @@ from .ode import (
     odeint_event,
     solve_ode,
 )
+from .optimize import entmax, entmax15, sparsemax
 from .solution import AdjointWarning, Solution, SolverError, SolverWarning, Stats, Status
 from .tree import StateError
 
@@ -143,6 +144,8 @@ __all__ = [
     "UnrollAdjoint",
     "Yoshida4",
     "belief_propagation",
+    "entmax",
+    "entmax15",
     "fixed_point",
     "linear_solve",
     "mean_field",
@@ -151,4 +154,5 @@ __all__ = [
     "odeint_event",
     "root",
     "solve_ode",
+    "sparsemax",
 ]

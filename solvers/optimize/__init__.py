@@ -1,3 +1,5 @@
 """Optima that can be differentiated: programmes, minimisers, simplex maps, projections and soft sorting."""
 
-__all__: list[str] = []
+from .simplex import entmax, entmax15, sparsemax
+
+__all__ = ["entmax", "entmax15", "sparsemax"]
