@@ -39,7 +39,7 @@ EXTRAS = {
         "types-tqdm",
     ],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
-    "bench": ["diffrax>=0.6", "jax>=0.4.30", "torchdeq>=0.1", "torchdyn>=1.0.6", "torchode>=1.0"],
+    "bench": ["diffrax>=0.6", "entmax>=1.3", "jax>=0.4.30", "torchdeq>=0.1", "torchdyn>=1.0.6", "torchode>=1.0"],
 }
 
 
