@@ -75,6 +75,8 @@ class StateSpec:
                 return state if state.ndim == 2 else state.reshape(len(state), leaf.size)
         tensors, structure = pytree.tree_flatten(state)
         if structure != self.structure:
+            tensors, structure = pytree.tree_flatten(_in_order(state, self.structure))
+        if structure != self.structure:
             raise StateError(f"{name}: expected the structure of the initial value, {self.structure}, got {structure}.")
         batch: int | None = None
         for tensor, leaf in zip(tensors, self.leaves, strict=True):
@@ -157,6 +159,19 @@ def flatten(state: Any, name: str = "initial value", allow_complex: bool = False
         dtype = torch.promote_types(dtype, tensor.dtype)
     spec = StateSpec(tuple(leaves), structure, dtype.to_real(), tensors[0].device)
     return spec._join(tensors), spec
+
+
+def _in_order(state: Any, structure: Any) -> Any:
+    """`state` with the keys of its dictionaries in the order of `structure`, where they are the same."""
+
+    def ordered(found: Any, like: Any) -> Any:
+        if type(like) is dict and type(found) is dict and like.keys() == found.keys():
+            return {key: ordered(found[key], part) for key, part in like.items()}
+        if type(like) in (list, tuple) and type(found) is type(like) and len(found) == len(like):
+            return type(like)(map(ordered, found, like))
+        return found
+
+    return ordered(state, pytree.tree_unflatten([None] * structure.num_leaves, structure))
 
 
 def norms(matrix: Tensor) -> Tensor:

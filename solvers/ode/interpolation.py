@@ -96,10 +96,10 @@ class Interpolation:
         slack = 1e-12 * (high - low)
         outside = (each < low - slack) | (each > high + slack) | ~each.isfinite()
         if bool(outside.any()):
-            where = int(outside.any(1).nonzero()[0])
+            missed = each.expand_as(outside)[outside][0].item()
             raise TimeError(
                 f"t: the solve reaches from {self._first.min().item():.6g} to {self._last.max().item():.6g}; got "
-                f"{each[where][outside[where].expand(each.shape[1:])][0].item():.6g}."
+                f"{missed:.6g}."
             )
         missing = ((each - self._reached) * self._sign > slack).expand(-1, batch).unsqueeze(-1)
         if self._shared and t.ndim == 1:
