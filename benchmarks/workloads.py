@@ -13,16 +13,22 @@ Map = Callable[[Tensor], Tensor]
 
 def mlp(radius: float, batch: int = 64, width: int = 512, seed: int = 0) -> tuple[Map, Tensor]:
     """Two layers on (batch, width) whose Jacobian at the rest point has the given spectral radius."""
+    block, x = mlp_block(radius, batch, width, seed)
+    return lambda z: block(z) + x, torch.zeros(batch, width)
+
+
+def mlp_block(radius: float, batch: int = 64, width: int = 512, seed: int = 0) -> tuple[Map, Tensor]:
+    """The same function before its injection is added, at any precision, and the injection (batch, width)."""
     rng = torch.Generator().manual_seed(seed)
     first = torch.randn(width, width, generator=rng) / width**0.5
     second = torch.randn(width, width, generator=rng) / width**0.5
     x = torch.randn(batch, width, generator=rng)
 
-    def scaled(scale: float) -> Map:
-        return lambda z: scale * (torch.tanh(z @ first.T) @ second.T) + x
+    def block(z: Tensor, scale: float) -> Tensor:
+        return scale * (torch.tanh(z @ first.to(z.dtype).T) @ second.to(z.dtype).T)
 
-    z0 = torch.zeros(batch, width)
-    return scaled(_scale_of(scaled, radius, z0)), z0
+    scale = _scale_of(lambda scale: lambda z: block(z, scale) + x, radius, torch.zeros(batch, width))
+    return lambda z: block(z, scale), x
 
 
 def gradient_step(radius: float, batch: int = 64, width: int = 128, seed: int = 0) -> tuple[Map, Tensor]:

@@ -84,7 +84,7 @@ class Anderson(FixedPointSolver):
     memory: int = 6
     kind: Literal["I", "II"] = "II"
     damping: float = 1.0
-    regularization: float = 1e-3
+    regularization: float = 3e-4
     restart: float = 10.0
 
     def __post_init__(self) -> None:

@@ -120,8 +120,10 @@ def advance(problem: Problem, solver: FixedPointSolver, budget: Budget, carry: C
         else:
             going, improved = norm > limit, norm < carry.best_norm * PROGRESS
         ordinary = going & improved
+        moved = None
         if active is not None:
-            ordinary = ordinary | ~active
+            moved = ~active & (carry.status == Status.CONVERGED) & (norm > 2 * limit)
+            ordinary = (ordinary | ~active) & ~moved
         improving = all_true(ordinary)
         if improving:
             # Every running row got better: there is nothing to freeze, and the best iterates are these.
@@ -139,6 +141,9 @@ def advance(problem: Problem, solver: FixedPointSolver, budget: Budget, carry: C
             finite = torch.isfinite(norm)
             retried = None if recording else solver.retries(carry.memory)
             going = going & finite if retried is None else torch.where(finite, going, retried)
+            if moved is not None and any_true(moved):
+                carry = _thaw(carry, moved)
+                active, improved = carry.active, improved | moved
             carry = _keep_best(carry, z, norm, scale, improved, count, floor, recording)
             ended = ~going if active is None else active & ~going
             if any_true(ended) or _patience_ends(count):
@@ -168,6 +173,14 @@ def _measure(
         return norm, norms(image.detach()), None
     floor = norm if carry.floor is None else carry.floor
     return norm, torch.maximum(norms(z.detach()), floor), floor
+
+
+def _thaw(carry: Carry, moved: Tensor) -> Carry:
+    """Let rows that had converged run again, since others have moved their rest points: the function couples them."""
+    assert carry.active is not None
+    return dataclasses.replace(
+        carry, active=carry.active | moved, status=torch.where(moved, int(Status.MAX_STEPS), carry.status)
+    )
 
 
 def _keep_best(

@@ -275,3 +275,15 @@ def test_units_do_not_matter(seed, exponent, which, single):
     torch.testing.assert_close(scaled.value / unit, plain.value, rtol=0, atol=0)
     assert torch.equal(scaled.stats.steps, plain.stats.steps)
     assert torch.equal(scaled.stats.residual, plain.stats.residual)
+
+
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()])
+def test_a_row_that_others_move_away_from_its_rest_point_runs_again(solver):
+    # The first row rests at once, while the second still moves, and the first's rest point with it.
+    def f(z):
+        return torch.stack([0.5 * z[0] + z[1], 0.9 * z[1] + 0.1 * torch.tanh(1 - z[1]) + 0.1])
+
+    solution = fixed_point(f, torch.zeros(2, 3, dtype=torch.float64), solver=solver, rtol=1e-6, max_steps=400)
+    assert solution.converged.all()
+    residual = (f(solution.value) - solution.value).norm(dim=1) / solution.value.norm(dim=1)
+    assert residual.max() < 3e-6
