@@ -71,7 +71,20 @@ from .ode import (
     odeint_event,
     solve_ode,
 )
-from .optimize import entmax, entmax15, sparsemax
+from .optimize import (
+    entmax,
+    entmax15,
+    project_box,
+    project_isotonic,
+    project_l1_ball,
+    project_l2_ball,
+    project_permutahedron,
+    project_simplex,
+    soft_rank,
+    soft_sort,
+    soft_topk,
+    sparsemax,
+)
 from .solution import AdjointWarning, Solution, SolverError, SolverWarning, Stats, Status
 from .tree import StateError
 
@@ -152,7 +165,16 @@ __all__ = [
     "odeint",
     "odeint_adjoint",
     "odeint_event",
+    "project_box",
+    "project_isotonic",
+    "project_l1_ball",
+    "project_l2_ball",
+    "project_permutahedron",
+    "project_simplex",
     "root",
+    "soft_rank",
+    "soft_sort",
+    "soft_topk",
     "solve_ode",
     "sparsemax",
 ]

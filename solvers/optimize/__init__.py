@@ -1,5 +1,21 @@
 """Optima that can be differentiated: programmes, minimisers, simplex maps, projections and soft sorting."""
 
+from .isotonic import project_isotonic
+from .projections import project_box, project_l1_ball, project_l2_ball, project_simplex
 from .simplex import entmax, entmax15, sparsemax
+from .sorting import project_permutahedron, soft_rank, soft_sort, soft_topk
 
-__all__ = ["entmax", "entmax15", "sparsemax"]
+__all__ = [
+    "entmax",
+    "entmax15",
+    "project_box",
+    "project_isotonic",
+    "project_l1_ball",
+    "project_l2_ball",
+    "project_permutahedron",
+    "project_simplex",
+    "soft_rank",
+    "soft_sort",
+    "soft_topk",
+    "sparsemax",
+]

@@ -102,17 +102,24 @@ def entmax(
         wrong = plain(alpha)[plain(outside)].flatten()[0]
         raise ValueError(f"entmax: alpha must lie in [1, 2]; got {float(wrong):g}.")
     x = _prepare(scores, dim, mask, "entmax")
-    # The scores' own shape, of which alpha spans all but the one dimension.
-    fitting = list(scores.shape)
-    fitting[dim] = 1
+    one_a_slice = along(alpha, scores, dim, "entmax: alpha").to(x.dtype)
+    return _finish(Entmax.apply(x, one_a_slice.movedim(dim, -1)), scores, dim)
+
+
+def along(value: Tensor, points: Tensor, dim: int, name: str) -> Tensor:
+    """`value`, of which every slice of `points` along `dim` has one: in their shape but for length one along `dim`.
+
+    Raises:
+        ValueError: it does not broadcast to that shape; the message calls it `name`.
+    """
+    shape = list(points.shape)
+    shape[dim] = 1
     try:
-        spread = alpha.to(device=x.device, dtype=x.dtype).expand(fitting)
+        return value.to(points.device).expand(shape)
     except RuntimeError as error:
         raise ValueError(
-            f"entmax: alpha has to broadcast to shape {tuple(fitting)}, that of the scores with length one along "
-            f"dim={dim}; got {tuple(alpha.shape)}."
+            f"{name} has to broadcast to shape {tuple(shape)}, one along dim={dim}; got {tuple(value.shape)}."
         ) from error
-    return _finish(Entmax.apply(x, spread.movedim(dim, -1)), scores, dim)
 
 
 def _prepare(scores: Tensor, dim: int, mask: Tensor | None, name: str) -> Tensor:
