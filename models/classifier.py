@@ -110,7 +110,7 @@ class PooledClassifier(nn.Module):
         self.classifier = self.new_classifier(num_classes).to(device=weight.device, dtype=weight.dtype)
         self.classifier.train(self.training)
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which parameters form a layer, by patterns on their names, for a learning rate that decays with depth.
 
         The layers of the stem come first, one by one or (`coarse`) as one, then everything between, then the

@@ -107,6 +107,18 @@ def test_another_head_and_other_channels_on_saved_weights(name, model, images, t
             torch.testing.assert_close(adapted.forward_features(twice), features, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("name", [n for n in NAMES if ARCHITECTURES[n].family == "deq"], indirect=True)
+def test_images_do_not_touch_each_other(name):
+    model = create_model(name, in_chans=2, rtol=1e-5).eval()
+    images = torch.randn(4, 2, SIDE, SIDE)
+    with torch.no_grad():
+        together = model(images)
+        images[2] = float("nan")
+        broken = model(images)
+    torch.testing.assert_close(broken[[0, 1, 3]], together[[0, 1, 3]], rtol=1e-4, atol=1e-4)
+    assert broken[2].isnan().all()
+
+
 def test_solver_and_tolerances_are_options(name):
     wanted = {"num_classes", "in_chans", "solver", "adjoint", "rtol", "atol", "max_steps"}
     assert wanted <= set(ARCHITECTURES[name].options)

@@ -9,7 +9,7 @@ from restpoint.models.deq import BranchCell, ConvDEQ
 from restpoint.models.registry import ARCHITECTURES, ImageClassifier
 from restpoint.solvers import PhantomAdjoint, Picard, UnrollAdjoint
 
-NAMES = [name for name, a in ARCHITECTURES.items() if a.family == "deq" and a.task == "image-classification"]
+NAMES = [name for name in ARCHITECTURES if name.startswith("conv_deq")]
 
 
 def small(**options):
@@ -39,19 +39,6 @@ def test_every_registered_model_keeps_the_contract(name):
     model.reset_classifier(0)
     assert model(images.double()).shape == (3, model.num_features)
     assert model.num_classes == 0
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_images_do_not_touch_each_other(name):
-    model = ARCHITECTURES[name](rtol=1e-5).eval()
-    images = torch.randn(4, 1, 8, 8)
-    with torch.no_grad():
-        together = model(images)
-        images[2] = float("nan")
-        broken = model(images)
-    keep = [0, 1, 3]
-    torch.testing.assert_close(broken[keep], together[keep], rtol=1e-4, atol=1e-5)
-    assert broken[2].isnan().all()
 
 
 def test_statistics_and_problem_belong_to_the_features():
