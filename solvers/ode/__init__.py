@@ -13,6 +13,7 @@ How the parts fit:
   backwards; `externals.py` finds the tensors that a field closes over.
 - `adjoint.py`: an adjoint turns a `Task` into an `Outcome`, whose final state and dense outputs carry derivatives.
 - `interpolation.py` evaluates dense outputs, in ordinary operations outside of the adjoint.
+- `compiled/`: solves as compiled programs.
 - `solve.py`: `solve_ode`. `compat/`: the interface of torchdiffeq.
 """
 
@@ -21,6 +22,7 @@ from .adjoint import Adjoint, DirectAdjoint
 from .adjoint_backsolve import BacksolveAdjoint
 from .adjoint_interpolated import InterpolatedAdjoint
 from .compat import odeint, odeint_adjoint, odeint_event
+from .compiled.reasons import CompileWarning
 from .control import ConstantController, Controller, IController, PIController, PIDController
 from .esdirk import ESDIRK, ImplicitEuler, Kvaerno3, Kvaerno5
 from .events import Event, EventInfo
@@ -43,6 +45,7 @@ __all__ = [
     "BacksolveAdjoint",
     "Bosh3",
     "CheckpointAdjoint",
+    "CompileWarning",
     "ConstantController",
     "Controller",
     "DirectAdjoint",

@@ -47,6 +47,7 @@ def solve_ode(
     events: Event | Sequence[Event] | None = None,
     quadrature: Sequence[int | str] = (),
     dense: bool = False,
+    compile: bool = False,
     throw: bool | str = True,
 ) -> ODESolution[T]:
     """Solve dy/dt = field(t, y, *args) from y0 at t[0] through t[-1].
@@ -72,6 +73,9 @@ def solve_ode(
         quadrature: keys or indices of parts of the state that take no part in step control, such as integrals along
             the solution.
         dense: keep the dense output of every step: `solution.interpolation` then evaluates the solution at any time.
+        compile: solve by a program that is compiled at the first call and kept for later ones with tensors of the same
+            shapes. The steps and their exact derivative are the same. It takes an explicit Runge-Kutta method with one
+            step for the batch; the field's Python code runs when it is compiled, no more in every evaluation.
         throw: True raises where a sample failed, "warn" warns, False leaves it to `solution.stats.status`.
 
     Returns:
@@ -84,6 +88,9 @@ def solve_ode(
         ValueError: tolerances that are negative, both zero, or finer than the state's dtype resolves; a method without
             error estimate and no ConstantController; an unknown quadrature.
         TypeError: an unknown option, or a solver, controller or adjoint that is none.
+
+    Warns:
+        CompileWarning: a solve that was to be compiled is not; the message says why.
     """
     solver = Tsit5() if solver is None else solver
     controller = PIDController() if controller is None else controller
@@ -91,6 +98,8 @@ def solve_ode(
     require(controller, Controller, "controller")
     way = resolve_adjoint(CheckpointAdjoint() if adjoint is None else adjoint)
     matrix, spec = flatten(y0, "y0", allow_complex=True)
+    if compile:
+        way = _compiled(way)
     _check_knobs(solver, controller, rtol, atol, max_steps, args)
     if controller.adaptive:
         _check_resolution(matrix, rtol, atol)
@@ -160,6 +169,13 @@ def resolve_adjoint(adjoint: Adjoint | CheckpointAdjoint | ReversibleAdjoint) ->
         return ReversibleTrajectory(adjoint)
     require(adjoint, Adjoint, "adjoint")
     return adjoint
+
+
+def _compiled(way: Adjoint) -> Adjoint:
+    # The compiler takes seconds to import.
+    from .compiled.trajectory import CompiledTrajectory
+
+    return CompiledTrajectory(way)
 
 
 def controlled_columns(spec: StateSpec, quadrature: Sequence[int | str]) -> Tensor | None:

@@ -104,7 +104,7 @@ class Position(NamedTuple):
     def of(tensors: Sequence[Tensor], plan: Plan) -> Position:
         """The inverse of `flat`."""
         parts, rest = tensors[:9], tensors[9 : 9 + plan.carries + plan.memories]
-        return Position(*parts, tuple(rest[: plan.carries]), tuple(rest[plan.carries :]))  # type: ignore[arg-type]
+        return Position._make((*parts, tuple(rest[: plan.carries]), tuple(rest[plan.carries :])))
 
 
 class Setting(NamedTuple):
@@ -152,7 +152,7 @@ class Chunk(NamedTuple):
     @staticmethod
     def of(tensors: Sequence[Tensor]) -> Chunk:
         """The inverse of `flat`."""
-        return Chunk(*tensors[:4], tuple(tensors[4:-1]), tensors[-1])  # type: ignore[arg-type]
+        return Chunk._make((*tensors[:4], tuple(tensors[4:-1]), tensors[-1]))
 
 
 def goes_on(plan: Plan, here: Position, setting: Setting) -> Tensor:
@@ -182,10 +182,10 @@ def attempt(plan: Plan, rhs: Rhs, here: Position, setting: Setting, chunk: Chunk
         wish = torch.where(lands & good, torch.maximum(here.h.abs(), grown.abs()), grown.abs())
         wish = wish.clamp(control.min_step, control.max_step) * sign
         wish = torch.where(finite, wish, h * RETREAT)
-        tiny = wish.abs() < UNDERFLOW * torch.maximum(
-            torch.maximum(here.t.abs(), (here.t + wish).abs()), 1e-6 * setting.span.abs()
-        )
-        trouble = ~good & tiny
+        # What is ended for want of a step that time resolves is left to the other driver.
+        t = torch.where(good, torch.where(lands, setting.end, here.t + h), here.t)
+        size = torch.maximum(torch.maximum(t.abs(), (t + wish).abs()), 1e-6 * setting.span.abs())
+        trouble = (wish.abs() < UNDERFLOW * size) & ~(good & lands)
     else:
         good = step.y.sum().isfinite()
         following, wish, trouble = (), here.h, ~good

@@ -42,7 +42,7 @@ class Fingerprint:
         self._seen: dict[int, int] = {}
         # Objects made on the way, so that no other one takes over their ids.
         self._held: list[Any] = []
-        self._parts: list[Hashable] = []
+        self._parts: list[Any] = []
         for thing in things:
             self._visit(thing)
         self.key: Hashable = tuple(self._parts)
@@ -114,7 +114,8 @@ class Fingerprint:
         for name, part in vars(thing).items():
             self._parts.append(name)
             self._visit(part)
-        self._code(getattr(type(thing), "__call__", None))
+        if callable(thing):
+            self._code(type(thing).__call__)
 
     def _code(self, method: Any) -> None:
         if isinstance(method, types.FunctionType):

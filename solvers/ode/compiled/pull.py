@@ -40,7 +40,7 @@ class Pulled(NamedTuple):
     def of(tensors: Sequence[Tensor], plan: Plan, shared: int) -> Pulled:
         """The inverse of `flat`."""
         middle = 4 + plan.carries
-        return Pulled(*tensors[:4], tuple(tensors[4:middle]), tuple(tensors[middle : middle + shared]))  # type: ignore[arg-type]
+        return Pulled._make((*tensors[:4], tuple(tensors[4:middle]), tuple(tensors[middle : middle + shared])))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Pullback:
             after: the latter.
             chunk: with the step in row `after.left - 1`.
             dense_bars: cotangents (slots + 1, p + 1, batch, n) of dense outputs, the last ones zero.
-            last: whether the last step of the chunk is that of the solve.
+            last: which number of `left` is that of the solve's last step; 0 if it lies in another chunk.
         """
         plan, row = self.plan, (after.left - 1).unsqueeze(0)
         t, h, slot, y, *carry = (x.index_select(0, row).squeeze(0) for x in [*chunk[:4], *chunk.carry])
@@ -84,18 +84,46 @@ class Pullback:
             found = torch.autograd.grad(
                 [x for x, _ in pairs], wanted, [bar for _, bar in pairs], allow_unused=True, materialize_grads=True
             )
-        y_bar, rest = found[0], list(found[1:])
+        y_bar, rest = found[0], found[1:]
         carry_bars, rest = rest[: plan.carries], rest[plan.carries :]
-        t_bar, h_bar = after.t, after.h
+        t_bar, h_bar = after.t.clone(), after.h.clone()
         if self.timed:
-            final = last & (after.left == len(chunk.t) - 1) if last.dtype == torch.bool else after.left == last
-            t_bar, h_bar = t_bar + rest[0], torch.where(final, rest[1], h_bar)
+            t_bar, h_bar = t_bar + rest[0], torch.where(after.left == last, rest[1], h_bar)
             rest = rest[2:]
         return Pulled(
             left=after.left - 1,
             t=t_bar,
             h=h_bar,
-            y=y_bar,
-            carry=tuple(carry_bars),
+            # What merely passes through must not be the same tensor.
+            y=y_bar.clone(),
+            carry=tuple(bar.clone() for bar in carry_bars),
             shared=tuple(total + bar for total, bar in zip(after.shared, rest)),
         )
+
+    def flat(self) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]]]:
+        """The condition and the body of the loop as functions of flat tensors.
+
+        These are the cotangents, then those of dense outputs, the number of the last step, and the chunk.
+        """
+        width = 4 + self.plan.carries + len(self.shared)
+        end = width + 2 + 5 + self.plan.carries
+
+        def condition(*tensors: Tensor) -> Tensor:
+            return tensors[0] > 0
+
+        def body(*tensors: Tensor) -> tuple[Tensor, ...]:
+            after = Pulled.of(tensors, self.plan, len(self.shared))
+            chunk = Chunk.of(tensors[width + 2 : end])
+            return tuple(self.step(after, chunk, tensors[width], tensors[width + 1]).flat())
+
+        return condition, body
+
+
+def used(rhs: Rhs, t: Tensor, y: Tensor, shared: Sequence[Tensor]) -> list[bool]:
+    """Which of `shared` the field's derivative reaches."""
+    with torch.enable_grad():
+        out = rhs(t.detach(), y.detach().requires_grad_())
+        if not out.requires_grad:
+            return [False] * len(shared)
+        found = torch.autograd.grad(out.sum(), list(shared), allow_unused=True)
+    return [bar is not None for bar in found]

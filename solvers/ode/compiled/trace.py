@@ -32,10 +32,6 @@ class Traced:
     places: tuple[int, ...]
     constants: tuple[Tensor, ...]
 
-    def further(self, known: Sequence[Tensor]) -> list[Tensor]:
-        """What to hand over after the arguments."""
-        return [*(known[place].detach() for place in self.places), *self.constants]
-
 
 def trace(function: Callable[..., Any], inputs: Sequence[Tensor], known: Sequence[Tensor]) -> Traced:
     """The operations of `function` on `inputs`.
@@ -85,6 +81,7 @@ def _lifted(graph: GraphModule, known: Sequence[Tensor]) -> Traced:
                 f"its closure, attributes or globals"
             )
     values = tuple(getattr(graph, name) for name in constants)
+    held = {str(node.target) for nodes in (*places.values(), *constants.values()) for node in nodes}
     after = graph.graph.find_nodes(op="placeholder")[-1]
     for number, nodes in enumerate(itertools.chain(places.values(), constants.values())):
         with graph.graph.inserting_after(after):
@@ -93,6 +90,8 @@ def _lifted(graph: GraphModule, known: Sequence[Tensor]) -> Traced:
         for node in nodes:
             node.replace_all_uses_with(after)
             graph.graph.erase_node(node)
+    for name in held:
+        delattr(graph, name)
     graph.recompile()
     return Traced(graph, tuple(places), values)
 

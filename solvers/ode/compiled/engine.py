@@ -1,0 +1,246 @@
+"""Compiled loops, kept from solve to solve."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from ...transforms import no_derivatives
+from ..problem import Problem
+from .attempt import Chunk, FunctionalRhs, Plan, Position, Setting, flat_attempt
+from .fingerprint import Fingerprint
+from .loop import Loop
+from .pull import Pullback, Pulled, used
+from .reasons import Unfit
+
+# Programs that are kept.
+_MOST = 64
+# Bytes of states in a chunk of memory, and the number of steps in one.
+_CHUNK, _LONGEST = 4 * 2**20, 256
+# So many programs may disagree with one field before there is no further one.
+_CHANGES = 3
+
+
+class Engine:
+    """The compiled loops of all solves that differ in nothing but the values of tensors.
+
+    Attributes:
+        plan: what they do.
+        evaluations: of the field in one attempt.
+        forward: the loop over attempts.
+    """
+
+    def __init__(self, problem: Problem, args: tuple[object, ...], known: Sequence[Tensor], inner: int) -> None:
+        """Compile the forward loop; the other one is compiled when it is first needed.
+
+        Args:
+            problem: such as it is made for.
+            args: the field's arguments, as the tensors in `known`.
+            known: the tensors that the field may use.
+            inner: output times in between, and those that fill them up.
+
+        Raises:
+            Unfit: it cannot be compiled.
+        """
+        y, device = problem.y0, problem.y0.device
+        self._inner = inner
+        capacity = max(1, min(_LONGEST, _CHUNK // max(y.numel() * y.element_size(), 1)))
+        slots = capacity if problem.dense else min(capacity, inner)
+        control, rhs = problem.controller, self._rhs(problem, args)
+        with no_derivatives():
+            time = torch.zeros((), dtype=torch.float64, device=device) + problem.times.values[0]
+            self.plan = Plan(problem.method, control, problem.tolerance.columns, capacity, slots, problem.dense, 0, 0)
+            trial, dense = self.plan.step(rhs, time, y, torch.zeros_like(time), ())
+            history = control.factor(torch.ones_like(time), (), self.plan.order)[1] if control.adaptive else ()
+            self.plan = dataclasses.replace(self.plan, carries=len(trial.carry), memories=len(history))
+            before = rhs.calls
+            self.plan.step(rhs, time, y, torch.zeros_like(time), trial.carry)
+            self.evaluations = rhs.calls - before
+            self._dense_shape = () if dense is None else tuple(dense.shape)
+            here = self.start(y, trial.carry, float(time), 0.0)
+            setting = self.setting(problem, 1)
+            chunk = self.chunk(y, trial.carry)
+            fixed = [*setting, *chunk.flat()]
+            written = range(len(setting), len(fixed) - (0 if slots else 1))
+            self.forward = Loop(flat_attempt(self.plan, rhs), here.flat(), fixed, known, written)
+        self._backward: dict[Hashable, tuple[Loop, list[bool]] | Unfit] = {}
+
+    @staticmethod
+    def _rhs(problem: Problem, args: tuple[object, ...]) -> FunctionalRhs:
+        return FunctionalRhs(problem.rhs.field, args, problem.rhs.spec, problem.rhs.batch)
+
+    def start(self, y: Tensor, carry: tuple[Tensor, ...], t: float, h: float) -> Position:
+        """The position before the first attempt."""
+
+        def number(value: float) -> Tensor:
+            return torch.tensor(value, dtype=torch.float64, device=y.device)
+
+        zeros = torch.zeros((4,), dtype=torch.long, device=y.device).unbind()
+        steady = torch.ones((), dtype=torch.bool, device=y.device)
+        history = tuple(number(1.0) for _ in range(self.plan.memories))
+        return Position._make((number(t), number(h), number(0.0), steady, *zeros, y, carry, history))
+
+    def setting(self, problem: Problem, budget: int) -> Setting:
+        """What stays the same."""
+        times, tolerance = problem.times.values, problem.tolerance
+        numbers = times.new_tensor([tolerance.rtol, tolerance.atol])
+        missing = times.new_full((self._inner - (len(times) - 2),), torch.inf) * (times[-1] - times[0]).sign()
+        padded = torch.cat([times[1:-1], missing])
+        left = torch.tensor(budget, device=times.device)
+        return Setting(times[-1].clone(), times[-1] - times[0], numbers[0].clone(), numbers[1].clone(), left, padded)
+
+    def chunk(self, y: Tensor, carry: tuple[Tensor, ...]) -> Chunk:
+        """New memory."""
+        rows = self.plan.capacity + 1
+        numbers = torch.empty((2, rows), dtype=torch.float64, device=y.device)
+        dense = y.new_empty((self.plan.slots + 1, *self._dense_shape) if self.plan.slots else (0,))
+        return Chunk(
+            numbers[0].clone(),
+            numbers[1].clone(),
+            torch.empty((rows,), dtype=torch.long, device=y.device),
+            y.new_empty((rows, *y.shape)),
+            tuple(part.new_empty((rows, *part.shape)) for part in carry),
+            dense,
+        )
+
+    def dense_bars(self, like: Tensor) -> Tensor:
+        """Zeros for the cotangents of a chunk's dense outputs."""
+        return like.new_zeros((self.plan.slots + 1, *self._dense_shape) if self.plan.slots else (0,))
+
+    def backward(
+        self,
+        problem: Problem,
+        args: tuple[object, ...],
+        known: Sequence[Tensor],
+        shared: Sequence[Tensor],
+        timed: bool,
+        chunk: Chunk,
+    ) -> tuple[Loop, list[bool]]:
+        """The loop that pulls cotangents back, and which of the `shared` tensors it has some for.
+
+        Raises:
+            Unfit: it cannot be compiled.
+        """
+        key = (places_of(shared, known), timed)
+        if key not in self._backward:
+            try:
+                self._backward[key] = self._compile_backward(problem, args, known, shared, timed, chunk)
+            except Unfit as reason:
+                self._backward[key] = reason
+        made = self._backward[key]
+        if isinstance(made, Unfit):
+            raise made
+        return made
+
+    def _compile_backward(
+        self,
+        problem: Problem,
+        args: tuple[object, ...],
+        known: Sequence[Tensor],
+        shared: Sequence[Tensor],
+        timed: bool,
+        chunk: Chunk,
+    ) -> tuple[Loop, list[bool]]:
+        rhs = self._rhs(problem, args)
+        reached = used(rhs, problem.times.values[0], problem.y0, shared)
+        wanted = tuple(tensor for tensor, there in zip(shared, reached) if there)
+        pullback = Pullback(self.plan, rhs, wanted, timed)
+        with no_derivatives():
+            after = self.end(problem.y0, tuple(part[0] for part in chunk.carry), wanted)
+            fixed = [self.dense_bars(problem.y0), torch.ones_like(after.left), *chunk.flat()]
+            return Loop(pullback.flat(), after.flat(), fixed, known), reached
+
+    def end(self, y_bar: Tensor, carry: tuple[Tensor, ...], shared: Sequence[Tensor]) -> Pulled:
+        """The cotangents at the end of a solve."""
+        time = torch.zeros((), dtype=torch.float64, device=y_bar.device)
+        left = torch.ones((), dtype=torch.long, device=y_bar.device)
+        totals = tuple(torch.zeros_like(tensor.detach()) for tensor in shared)
+        carry_bars = tuple(part.new_zeros(part.shape) for part in carry)
+        return Pulled(left, time, time.clone(), y_bar.contiguous(), carry_bars, totals)
+
+
+_lock = threading.RLock()
+_engines: collections.OrderedDict[Hashable, Engine | Unfit] = collections.OrderedDict()
+_disagreed: dict[Hashable, int] = {}
+
+
+def engine_for(problem: Problem, args: tuple[object, ...], seen: Fingerprint) -> tuple[Engine, list[Tensor], Hashable]:
+    """The engine of a problem, compiled now or before; the tensors that it may use; and its key.
+
+    Raises:
+        Unfit: there is none.
+    """
+    y, columns = problem.y0, problem.tolerance.columns
+    inner = _filled_up(problem.times.count - 2)
+    key = (
+        seen.key,
+        problem.rhs.spec,
+        len(y),
+        y.stride(),
+        problem.method,
+        problem.controller,
+        None if columns is None else tuple(columns.tolist()),
+        inner,
+        problem.dense,
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.get_float32_matmul_precision(),
+    )
+    known = [*seen.tensors, *([] if columns is None else [columns])]
+    with _lock:
+        try:
+            made = _engines.get(key)
+        except TypeError as error:
+            raise Unfit(
+                f"the solver or the controller cannot be compared with those of other solves: {error}"
+            ) from None
+        if made is None:
+            try:
+                made = Engine(problem, args, known, inner)
+            except Unfit as reason:
+                made = reason
+            _engines[key] = made
+            while len(_engines) > _MOST:
+                _engines.popitem(last=False)
+        _engines.move_to_end(key)
+    if isinstance(made, Unfit):
+        raise made
+    return made, known, key
+
+
+def disagrees(key: Hashable) -> None:
+    """Forget an engine that computes something else than its field; for good, if it was not the first one."""
+    with _lock:
+        _disagreed[key] = _disagreed.get(key, 0) + 1
+        if _disagreed[key] < _CHANGES:
+            _engines.pop(key, None)
+        else:
+            _engines[key] = Unfit(
+                "the field changes from solve to solve by something else than tensors, arguments and attributes"
+            )
+
+
+def _filled_up(count: int) -> int:
+    """`count` or more, so that few numbers of output times lead to programs of their own."""
+    return 0 if count <= 0 else max(8, 1 << (count - 1).bit_length())
+
+
+def places_of(tensors: Sequence[Tensor], known: Sequence[Tensor]) -> tuple[int, ...]:
+    """Where among the `known` tensors each of `tensors` is found.
+
+    Raises:
+        Unfit: one is not.
+    """
+    places = {id(tensor): place for place, tensor in enumerate(known)}
+    for tensor in tensors:
+        if id(tensor) not in places:
+            raise Unfit(
+                f"a tensor of shape {tuple(tensor.shape)} that requires a gradient is found neither in the field's "
+                f"arguments nor in its closure, attributes or globals"
+            )
+    return tuple(places[id(tensor)] for tensor in tensors)
