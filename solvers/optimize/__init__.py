@@ -1,11 +1,21 @@
 """Optima that can be differentiated: programmes, minimisers, simplex maps, projections and soft sorting."""
 
+from .central_path import CentralPath
+from .interior_point import InteriorPoint
 from .isotonic import project_isotonic
 from .projections import project_box, project_l1_ball, project_l2_ball, project_simplex
+from .quadratic import Certificate, Duals, QPSolution, quadratic_program
+from .quadratic_problem import QPSolver
 from .simplex import entmax, entmax15, sparsemax
 from .sorting import project_permutahedron, soft_rank, soft_sort, soft_topk
 
 __all__ = [
+    "CentralPath",
+    "Certificate",
+    "Duals",
+    "InteriorPoint",
+    "QPSolution",
+    "QPSolver",
     "entmax",
     "entmax15",
     "project_box",
@@ -14,6 +24,7 @@ __all__ = [
     "project_l2_ball",
     "project_permutahedron",
     "project_simplex",
+    "quadratic_program",
     "soft_rank",
     "soft_sort",
     "soft_topk",

@@ -36,15 +36,17 @@ class Polished:
     error: Tensor
 
 
-def polish(problem: Programme, active: Tensor, x: Tensor, v: Tensor, tolerance: float, hard: bool = False) -> Polished:
+def polish(
+    problem: Programme, active: Tensor, x: Tensor | None, v: Tensor | None, tolerance: float, hard: bool = False
+) -> Polished:
     """Solve with the `active` inequalities (batch, m) as equations, from x and v; `hard` spares no effort."""
     m = problem.m
-    everything = torch.cat([active, torch.ones_like(v[:, m:], dtype=torch.bool)], 1)
-    W = inactive(everything, x.dtype)
+    everything = torch.cat([active, torch.ones_like(problem.d[:, m:], dtype=torch.bool)], 1)
+    W = inactive(everything, problem.q.dtype)
     if problem.softness is not None:
         W = W + problem.softness
     saddle = Saddle.of(problem.Q, problem.C, W)
-    start = torch.where(everything, v, 0.0)
+    start = None if v is None else torch.where(everything, v, 0.0)
     x, v, error = saddle.solve(-problem.q, problem.d, x, start)
     if hard:
         bad = (error > tolerance).nonzero().flatten()

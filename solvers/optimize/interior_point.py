@@ -11,15 +11,19 @@ from torch import Tensor
 from ..options import options
 from ..solution import Status
 from ..tree import norms
-from .active_set import Polished, polish
+from .active_set import polish
+from .complementarity import guess_active, to_boundary
 from .quadratic_kkt import PRIMAL, PROXIMAL, factorise, solve_factor, times, times_transposed
-from .quadratic_problem import Found, Programme, QPSolver
+from .quadratic_problem import Found, Limits, Programme, QPSolver
 
 BOUNDARY = 0.99
 """Share of the way to the boundary of the positive orthant that a step may go."""
 
 EXHAUSTED = 1e-13
 """Complementarity of a scaled programme below which further steps only move rounding errors."""
+
+LARGE = 1e4
+"""Size of the variables or multipliers of a scaled programme from which on it may have no optimum."""
 
 
 @options
@@ -43,9 +47,9 @@ class InteriorPoint(QPSolver):
 
     polish: bool = True
 
-    def run(self, problem: Programme, rtol: float, max_steps: int) -> Found:
-        """Solve scaled programmes."""
-        return _Run(problem, self, rtol, max_steps).run()
+    def run(self, problem: Programme, limits: Limits, start: tuple[Tensor, Tensor] | None) -> Found:
+        """Solve scaled programmes; of a start, only the active set is of use."""
+        return _Run(problem, self, limits).run(start)
 
 
 @dataclasses.dataclass
@@ -65,22 +69,30 @@ class _Rows:
 class _Run:
     """One solve."""
 
-    def __init__(self, problem: Programme, solver: InteriorPoint, rtol: float, max_steps: int) -> None:
-        self.problem, self.polishing, self.rtol, self.max_steps = problem, solver.polish, rtol, max_steps
+    def __init__(self, problem: Programme, solver: InteriorPoint, limits: Limits) -> None:
+        self.problem, self.polishing, self.limits, self.rtol = problem, solver.polish, limits, limits.rtol
         self.found = Found.empty(problem)
         # Of the samples that are still running, their indices in the whole batch.
         self.rows = torch.arange(problem.batch, device=problem.q.device)
 
-    def run(self) -> Found:
+    def run(self, start: tuple[Tensor, Tensor] | None) -> Found:
         problem, m = self.problem, self.problem.m
-        state = _start(problem)
+        if self.polishing and m > 0 and start is not None:
+            x, v = start
+            active = v[:, :m] > problem.d[:, :m] - times(problem.C, x)[:, :m]
+            problem = self._shortcut(problem, active, torch.isfinite(x).all(1) & torch.isfinite(v).all(1))
+        if self.polishing and 0 < m <= 2 * problem.q.shape[1] and problem.root is not None and len(self.rows):
+            problem = self._shortcut(problem, *guess_active(problem))
+        if len(self.rows) == 0:
+            return self.found
+        state = starting_rows(problem)
         if m == 0:
             problem, state = self._attempt(problem, state, torch.ones_like(self.rows, dtype=torch.bool), 0, hard=True)
             self._give_up(problem, state, 0)
             return self.found
-        for k in range(1, self.max_steps + 1):
+        for k in range(1, self.limits.max_steps + 1):
             before = state.guess
-            state, mu, primal, dual = _step(problem, state)
+            state, mu, primal, dual = step(problem, state, self.limits.floor)
             broken = ~torch.isfinite(state.x).all(1) | ~torch.isfinite(state.v).all(1)
             changed = (state.guess != before).sum(1)
             fresh = (state.guess != state.tried).any(1)
@@ -97,8 +109,24 @@ class _Run:
                 problem, state, self.rows = problem.select(keep), state.select(keep), self.rows[keep]
             if len(self.rows) == 0:
                 return self.found
-        self._give_up(problem, state, self.max_steps)
+        self._give_up(problem, state, self.limits.max_steps)
         return self.found
+
+    def _shortcut(self, problem: Programme, active: Tensor, right: Tensor) -> Programme:
+        """Prove the optimum of the samples whose active set is likely to be right; the samples that are left."""
+        at = right.nonzero().flatten()
+        if len(at) == 0:
+            return problem
+        everything = len(at) == problem.batch
+        part = problem if everything else problem.select(at)
+        result = polish(part, active if everything else active[at], None, None, max(self.rtol, 1e-13))
+        good = result.proved.nonzero().flatten()
+        self.found.prove(self.rows[at[good]], result, good, 1)
+        left = torch.ones_like(right)
+        left[at[good]] = False
+        left = left.nonzero().flatten()
+        self.rows = self.rows[left]
+        return problem.select(left)
 
     def _compact(
         self, problem: Programme, state: _Rows, ready: Tensor, k: int, spent: Tensor
@@ -161,12 +189,12 @@ class _Run:
         if len(self.rows) == 0:
             return
         everything = torch.ones_like(self.rows, dtype=torch.bool)
-        _, primal, dual = _residuals(problem, state)[:3]
+        _, primal, dual = residuals_of(problem, state, self.limits.floor)[:3]
         self._record(problem, state, everything, torch.maximum(primal, dual), k)
         self.found.status[self.rows] = int(Status.MAX_STEPS)
 
 
-def _start(problem: Programme) -> _Rows:
+def starting_rows(problem: Programme) -> _Rows:
     """The solution with constraints as springs, its slacks and multipliers moved into the positive."""
     m = problem.m
     weight = torch.ones_like(problem.d)
@@ -187,7 +215,7 @@ def _positive(t: Tensor) -> Tensor:
     return torch.where(least < 0, t - least + 1, t).clamp_min(1e-2)
 
 
-def _residuals(problem: Programme, state: _Rows) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def residuals_of(problem: Programme, state: _Rows, floor: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Complementarity, relative primal and dual residuals (batch,), and the residuals themselves."""
     m, z = problem.m, state.v[:, : problem.m]
     Qx, Cx, Cv = times(problem.Q, state.x), times(problem.C, state.x), times_transposed(problem.C, state.v)
@@ -197,16 +225,18 @@ def _residuals(problem: Programme, state: _Rows) -> tuple[Tensor, Tensor, Tensor
         below = below + problem.softness * state.v
     left = Qx + problem.q + Cv
     mu = (state.s * z).mean(1) if m else torch.zeros_like(left[:, 0])
-    primal = norms(below) / (1 + norms(problem.d) + norms(Cx))
-    dual = norms(left) / (norms(problem.q) + norms(Qx) + norms(Cv)).clamp_min(1e-300)
+    primal = norms(below) / (1 + floor + norms(problem.d) + norms(Cx))
+    dual = norms(left) / (norms(problem.q) + norms(Qx) + norms(Cv) + floor).clamp_min(1e-300)
     return mu, primal, dual, below, left
 
 
-def _step(problem: Programme, state: _Rows) -> tuple[_Rows, Tensor, Tensor, Tensor]:
+def step(
+    problem: Programme, state: _Rows, floor: float, barrier: Tensor | None = None
+) -> tuple[_Rows, Tensor, Tensor, Tensor]:
     """One predictor, one corrector; the new iterate, and complementarity and residuals of the old one."""
     m, s, v = problem.m, state.s, state.v
     z = v[:, :m]
-    mu, primal, dual, below, left = _residuals(problem, state)
+    mu, primal, dual, below, left = residuals_of(problem, state, floor)
     soft = 0.0 if problem.softness is None else problem.softness[:, :m]
     W = torch.full_like(v, PROXIMAL) if problem.softness is None else problem.softness.clamp_min(PROXIMAL)
     W[:, :m] = s / z + soft
@@ -226,31 +256,34 @@ def _step(problem: Programme, state: _Rows) -> tuple[_Rows, Tensor, Tensor, Tens
     dz = dv[:, :m]
     # In the affine direction ds / s + dz / z = -1: an active slack goes to zero, an inactive multiplier does.
     guess = dz / z > ds / s
-    length = torch.minimum(_to_boundary(s, ds), _to_boundary(z, dz)).clamp_max(1.0)
+    length = torch.minimum(to_boundary(s, ds), to_boundary(z, dz)).clamp_max(1.0)
     ahead = ((s + length * ds) * (z + length * dz)).mean(1)
     centring = (ahead / mu).clamp(0.0, 1.0) ** 3
-    dx, ds, dv = direction((centring * mu).unsqueeze(1) - product - ds * dz)
-    length = torch.minimum(_to_boundary(s, ds), _to_boundary(z, dv[:, :m]))
+    target = (centring * mu).unsqueeze(1)
+    if barrier is None:
+        target = target - product - ds * dz
+    else:
+        # The last steps are Newton's on the centred equations, without a corrector.
+        far = target > barrier.unsqueeze(1)
+        target = torch.where(far, target - ds * dz, barrier.unsqueeze(1)) - product
+    dx, ds, dv = direction(target)
+    length = torch.minimum(to_boundary(s, ds), to_boundary(z, dv[:, :m]))
     length = (BOUNDARY * length).clamp_max(1.0)
     following = _Rows(state.x + length * dx, s + length * ds, v + length * dv, guess, state.tried)
     return following, mu, primal, dual
 
 
-def _to_boundary(t: Tensor, dt: Tensor) -> Tensor:
-    """The step (batch, 1) at which the first entry becomes zero."""
-    return torch.where(dt < 0, -t / dt, math.inf).amin(1, keepdim=True)
-
-
 def _diverging(problem: Programme, state: _Rows) -> Tensor:
     """Whether a sample's multipliers or variables all but prove that it has no optimum (batch,)."""
-    if problem.softness is not None:
-        return torch.zeros_like(state.x[:, 0], dtype=torch.bool)
-    length = norms(state.x) + torch.linalg.vector_norm(problem.d, ord=math.inf, dim=1) + 1
+    size = norms(state.x)
+    large = torch.linalg.vector_norm(state.v, ord=math.inf, dim=1).maximum(size) > LARGE
+    if problem.softness is not None or not bool(large.any()):
+        return torch.zeros_like(large)
+    length = size + torch.linalg.vector_norm(problem.d, ord=math.inf, dim=1) + 1
     gain = -torch.linalg.vecdot(problem.d, state.v)
     empty = (gain > 0) & (norms(times_transposed(problem.C, state.v)) * length <= 1e-7 * gain)
-    size = norms(state.x)
     Cx = times(problem.C, state.x)
     Cx[:, : problem.m].clamp_min_(0)
     flat = (norms(times(problem.Q, state.x)) <= 1e-7 * size) & (norms(Cx) <= 1e-7 * size)
     down = torch.linalg.vecdot(problem.q, state.x) < -1e-7 * size * norms(problem.q)
-    return empty | (flat & down & (size > 1e6))
+    return large & (empty | (flat & down))

@@ -37,10 +37,9 @@ def times_transposed(matrix: Tensor, v: Tensor) -> Tensor:
 
 def condensed(Q: Tensor, C: Tensor, weight: Tensor, shift: float | Tensor) -> Tensor:
     """Q + C' diag(weight) C + shift I, (batch, n, n)."""
-    batch, n = len(weight), Q.shape[-1]
+    batch = len(weight)
     left = C.mT if C.ndim == 3 else C.mT.expand(batch, *C.mT.shape)
-    base = Q if Q.ndim == 3 else Q.expand(batch, n, n)
-    matrix = torch.baddbmm(base, left, weight.unsqueeze(2) * C)
+    matrix = torch.bmm(left, weight.unsqueeze(2) * C).add_(Q)
     matrix.diagonal(dim1=1, dim2=2).add_(shift)
     return matrix
 

@@ -28,6 +28,7 @@ class Programme:
         d: (batch, m + p).
         m: the number of inequalities.
         softness: W of every row: rows may be violated by W times their multiplier; None is zero.
+        root: Cholesky factor of Q, where that is positive definite in every sample.
     """
 
     Q: Tensor
@@ -36,6 +37,7 @@ class Programme:
     d: Tensor
     m: int
     softness: Tensor | None = None
+    root: Tensor | None = None
 
     def select(self, rows: Tensor) -> Programme:
         """The programmes of some samples."""
@@ -46,6 +48,7 @@ class Programme:
             C=self.C if self.C.ndim == 2 else self.C[rows],
             d=self.d[rows],
             softness=None if self.softness is None else self.softness[rows],
+            root=self.root if self.root is None or self.root.ndim == 2 else self.root[rows],
         )
 
     @property
@@ -86,6 +89,9 @@ def scaled(programme: Programme) -> tuple[Programme, Scaling]:
         Q = programme.Q / objective[:, None, None]
     objective = torch.where(objective > 0, objective, 1.0)
     small = dataclasses.replace(programme, Q=Q, q=programme.q / objective.unsqueeze(1), C=C, d=d)
+    if programme.root is not None:
+        size = (curvature if Q.ndim == 2 else objective).sqrt()
+        small = dataclasses.replace(small, root=programme.root / size.reshape(*size.shape, 1, 1))
     return small, Scaling(rows.expand_as(d), objective)
 
 
@@ -101,6 +107,7 @@ class Found:
         proved: the active set is certain (batch,).
         steps, status: (batch,).
         residual: relative (batch,).
+        factor: of `Saddle`, where the active set is certain (batch, n, n).
     """
 
     x: Tensor
@@ -110,6 +117,7 @@ class Found:
     steps: Tensor
     status: Tensor
     residual: Tensor
+    factor: Tensor | None = None
 
     @classmethod
     def empty(cls, problem: Programme) -> Found:
@@ -128,6 +136,12 @@ class Found:
 
     def prove(self, rows: Tensor, result: Polished, which: Tensor, steps: int) -> None:
         """Note the optimum of some `rows`, the samples `which` of a polished result."""
+        factor = result.saddle.factor
+        if len(which) == len(self.x):
+            self.factor = factor
+        elif len(which):
+            self.factor = factor.new_zeros(len(self.x), *factor.shape[1:]) if self.factor is None else self.factor
+            self.factor[rows] = factor[which]
         self.x[rows], self.v[rows], self.W[rows] = result.x[which], result.v[which], result.saddle.W[which]
         self.proved[rows] = True
         self.steps[rows] = steps
@@ -135,9 +149,18 @@ class Found:
         self.residual[rows] = result.error[which]
 
 
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """When to stop: residuals are measured relative to their terms plus `floor`, atol / rtol of a scaled programme."""
+
+    rtol: float
+    floor: float
+    max_steps: int
+
+
 class QPSolver(abc.ABC):
     """The base of methods for quadratic programmes."""
 
     @abc.abstractmethod
-    def run(self, problem: Programme, rtol: float, max_steps: int) -> Found:
-        """Solve scaled programmes; nothing is recorded for differentiation."""
+    def run(self, problem: Programme, limits: Limits, start: tuple[Tensor, Tensor] | None) -> Found:
+        """Solve scaled programmes, from a start x and v; nothing is recorded for differentiation."""
