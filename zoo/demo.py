@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--output",
         type=Path,
         default=Path("demo.png"),
-        help="the picture (default demo.png); the flows' lies beside it",
+        help="the picture, or a folder for it (default demo.png); the flows' lies beside it",
     )
-    options = parser.parse_args(argv)
+    output = destination(parser.parse_args(argv).output)
 
     card = load_card(NAME)
     model = cast(ConvDEQ, create_model(NAME, pretrained=True).eval())
@@ -64,10 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     shown = _from_easy_to_hard(steps, right)
     _print_certificate(model, inputs, solution, labels, shown[[0, SHOWN // 2, -2, -1]])
-    _draw(options.output, pictures, labels, predictions, steps, _residuals(model, inputs[shown]), shown, model.deq.rtol)
-    print(f"\npicture      {options.output.resolve()}\n")
-    demo_flow.main(options.output.with_stem(options.output.stem + "-flows"))
+    _draw(output, pictures, labels, predictions, steps, _residuals(model, inputs[shown]), shown, model.deq.rtol)
+    print(f"\npicture      {output.resolve()}\n")
+    demo_flow.main(output.with_stem(output.stem + "-flows"))
     return 0
+
+
+def destination(path: Path) -> Path:
+    """Where a picture goes that is asked for at `path`: into it if it is a folder, as .png if it has no ending."""
+    if path.is_dir():
+        return path / "demo.png"
+    return path if path.suffix else path.with_suffix(".png")
 
 
 def _held_out() -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ from PIL import Image
 
 from restpoint.zoo import load_card
 from restpoint.zoo.cli import main
+from restpoint.zoo.demo import destination
 
 
 def test_the_demo_prints_and_draws_what_it_promises(tmp_path, capsys):
@@ -30,3 +31,9 @@ def test_the_demo_has_help_with_an_example(capsys):
     with pytest.raises(SystemExit):
         main(["demo", "--help"])
     assert "restpoint demo --output" in capsys.readouterr().out
+
+
+def test_the_picture_lies_where_its_path_says(tmp_path):
+    assert destination(tmp_path) == tmp_path / "demo.png"
+    assert destination(tmp_path / "digits") == tmp_path / "digits.png"
+    assert destination(tmp_path / "digits.pdf") == tmp_path / "digits.pdf"
