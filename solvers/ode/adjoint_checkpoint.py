@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 from torch import Tensor
 
 from ..adjoint.shared import CheckpointAdjoint
-from ..solution import SolverError
 from .adjoint import Adjoint, Outcome, Task, must_tape, plain_solve, taped_outcome
 from .explicit import ExplicitRungeKutta
 from .function import Cotangents, Solve
@@ -17,8 +15,9 @@ from .mesh import PickBars
 from .method import Carry
 from .problem import Keeper
 from .pullback import Backward, ExplicitPullback, RecordedPullback
-from .replay import replay
+from .replay import check_repeats, replay
 from .tape import Record, Recorded, Recorder, Sums, Tape
+from .windows import StateKeeper, WindowPullback, suits
 
 # Steps are recorded as they are taken, which saves repeating them, while their stages take fewer bytes than these.
 _TAPED = 8 * 2**20
@@ -27,7 +26,8 @@ _TAPED = 8 * 2**20
 class CheckpointedTrajectory(Adjoint):
     """`CheckpointAdjoint` for a trajectory: the accepted steps are replayed segment by segment from kept states.
 
-    The steps of an explicit method that fit into little memory are recorded as they are taken and need no replay.
+    The steps of an explicit method that fit into little memory are recorded as they are taken and need no replay. Where
+    the states are small all of them are kept instead, and many steps at once are recorded in the backward pass.
     """
 
     def __init__(self, knobs: CheckpointAdjoint) -> None:
@@ -50,9 +50,17 @@ class _Checkpointed(Solve):
         self.recursive = knobs.recursive
         self.keeper = Keeper(1 if knobs.recursive else knobs.segments)
         method = self.problem.method
-        if isinstance(method, ExplicitRungeKutta) and not self.problem.per_sample and knobs == CheckpointAdjoint():
-            stage = self.problem.y0.numel() * self.problem.y0.element_size()
-            self.keeper = TapingKeeper(Tape(self.inner, Sums(self.shared, self.externals), self.timed), stage)
+        if isinstance(method, ExplicitRungeKutta) and knobs == CheckpointAdjoint():
+            self.keeper = self._keeper()
+
+    def _keeper(self) -> Keeper:
+        """Of what suits the states best."""
+        if not self.timed and suits(self.problem, self.shared):
+            return StateKeeper(_TAPED)
+        if self.problem.per_sample:
+            return self.keeper
+        stage = self.problem.y0.numel() * self.problem.y0.element_size()
+        return TapingKeeper(Tape(self.inner, Sums(self.shared, self.externals), self.timed), stage)
 
     def forward(self) -> tuple[Tensor, ...]:
         task = self.task
@@ -67,9 +75,11 @@ class _Checkpointed(Solve):
         dense_bar = bars[1] if len(bars) > 1 else None
         # What was recorded serves one backward pass; a second one replays.
         steps = self.keeper.release() if isinstance(self.keeper, TapingKeeper) else None
-        segments = Segments(self, dense_bar, self.recursive)
+        segments = Segments(self, dense_bar, self.recursive, isinstance(self.keeper, StateKeeper))
         if steps is not None:
             return segments.pull_recorded(bars[0], steps)
+        if isinstance(self.keeper, StateKeeper) and self.keeper.states is not None:
+            return segments.pull_states(bars[0], self.keeper.states)
         return segments.pull(bars[0], self.keeper.kept)
 
 
@@ -130,7 +140,8 @@ class TapingKeeper(Keeper):
 class Segments:
     """The backward pass over the segments between kept states."""
 
-    def __init__(self, solve: Solve, dense_bar: Tensor | None, recursive: bool) -> None:
+    def __init__(self, solve: Solve, dense_bar: Tensor | None, recursive: bool, small: bool = False) -> None:
+        """`small` says that steps are better pulled back many at once."""
         assert solve.run is not None
         self.solve, self.run, self.recursive = solve, solve.run, recursive
         self.sums = Sums(solve.shared, solve.externals)
@@ -139,7 +150,8 @@ class Segments:
         picks = PickBars(mesh, dense_bar)
         self.pullback: ExplicitPullback | RecordedPullback
         if isinstance(method, ExplicitRungeKutta):
-            self.pullback = ExplicitPullback(method, tape, mesh, picks)
+            kind = WindowPullback if small else ExplicitPullback
+            self.pullback = kind(method, tape, mesh, picks)
         else:
             self.pullback = RecordedPullback(method, tape, mesh, picks, solve.ends)
 
@@ -157,6 +169,13 @@ class Segments:
             stop, after = first, y
         steps = len(self.run.mesh.steps)
         return Cotangents(bar.t, bar.end, bar.y, self.sums.totals, self.sums.evaluations, steps)
+
+    def pull_states(self, y_bar: Tensor, states: list[Tensor]) -> Cotangents:
+        """The same where the states at the start of every step and at the end are all known."""
+        assert isinstance(self.pullback, WindowPullback)
+        bar, count = Backward(y_bar), len(self.run.mesh.steps)
+        self.pullback.pull_states(range(count), states, bar)
+        return Cotangents(bar.t, bar.end, bar.y, self.sums.totals, self.sums.evaluations, count)
 
     def pull_recorded(self, y_bar: Tensor, steps: list[list[Record | None]]) -> Cotangents:
         """The same from evaluations that are all recorded already."""
@@ -189,15 +208,4 @@ class Segments:
             self._pull(middle, stop, there, held, bar, after)
             self._pull(first, middle, y, carry, bar, there)
             return
-        _check_repeats(self.pullback.pull(range(first, stop), y, carry, bar), after)
-
-
-def _check_repeats(found: Tensor, expected: Tensor) -> None:
-    """The replay must meet the kept states."""
-    slack = math.sqrt(torch.finfo(found.dtype).eps)
-    if not torch.allclose(found, expected, rtol=slack, atol=slack, equal_nan=True):
-        raise SolverError(
-            "solve_ode: the field gave other values when the accepted steps were repeated for the backward pass, so "
-            "gradients would be wrong. It must be a function of t, y and args alone: fix its noise within a solve, and "
-            "do not let it change state."
-        )
+        check_repeats(self.pullback.pull(range(first, stop), y, carry, bar), after)

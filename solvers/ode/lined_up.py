@@ -28,6 +28,7 @@ class LinedUp:
         count: rows.
         firsts: the row with which each segment between kept states begins.
         iterations: (rows, batch) in which iteration the step was taken; where there is none, some iteration.
+        taken: (rows, batch) whether there is one.
     """
 
     def __init__(self, tried: list[Tried], kept: list[int], last: Tensor) -> None:
@@ -36,6 +37,7 @@ class LinedUp:
         starts = kept or [0]
         self.firsts, self.count = [0] * len(starts), 0
         self.iterations = torch.zeros((0, self._batch), dtype=torch.long, device=self._device)
+        self.taken = self.iterations.bool()
         self._tried, self._last = tried, last
         if not tried:
             return
@@ -54,6 +56,8 @@ class LinedUp:
         after = torch.stack([*(tried[i].t for i in starts[1:]), last])
         self._waiting = after.repeat_interleave(longest, dim=0)
         self.iterations = self._place(torch.zeros_like(self._waiting, dtype=torch.long), self._accepted[0])
+        none = torch.zeros_like(self._waiting, dtype=torch.bool)
+        self.taken = self._place(none, torch.ones_like(none[0, 0]))
 
     def index_of(self, iterations: Tensor) -> Tensor:
         """The rows of steps given by iteration (k, batch)."""

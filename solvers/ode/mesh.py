@@ -122,6 +122,26 @@ class PickBars:
         total = rows.new_zeros((self._batch, *rows.shape[1:]))
         return total.index_add_(0, pairs % self._batch, rows).transpose(0, 1)
 
+    def window(self, span: range) -> Tensor | None:
+        """Those of all steps in `span`, (steps, p + 1, batch, n); None where nothing arrives."""
+        if self._bars is None:
+            return None
+        if self._places:
+            found = [(index - span[0], place) for index in span for place in self._places.get(index, ())]
+            if not found:
+                return None
+            steps, places = torch.tensor(found, device=self._bars.device).T
+            return self._bars.new_zeros((len(span), *self._bars.shape[1:])).index_add_(0, steps, self._bars[places])
+        pairs = self._pairs[span[0] : span[-1] + 1]
+        if not sum(map(len, pairs)):
+            return None
+        steps = torch.arange(len(span), device=self._rows.device)
+        steps = steps.repeat_interleave(torch.tensor([len(part) for part in pairs], device=steps.device))
+        which = torch.cat(pairs)
+        total = self._rows.new_zeros((len(span) * self._batch, *self._rows.shape[1:]))
+        total.index_add_(0, steps * self._batch + which % self._batch, self._rows[which])
+        return total.view(len(span), self._batch, *self._rows.shape[1:]).transpose(1, 2)
+
 
 def take(dense: Tensor, index: Tensor) -> Tensor:
     """Dense outputs (picks, p + 1, batch, n) of `dense` (slots, p + 1, batch, n) by slot `index` (picks, batch)."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..transforms import plain
 from .control import Controller
 from .events import Event, Hit
+from .lined_up import LinedUp
 from .mesh import Mesh
 from .method import Carry, Method, Rhs, Time
 from .times import Times
@@ -179,6 +180,6 @@ class Keeper:
     def close(self, y: Tensor, carry: Carry) -> None:
         """To be called with what the last step left behind."""
 
-    def renumber(self, indices: list[int]) -> None:
-        """Number the kept states anew, for a mesh with other indices."""
-        self.kept = [(index, y, carry) for index, (_, y, carry) in zip(indices, self.kept)]
+    def line_up(self, lined: LinedUp) -> None:
+        """Number the kept states as the steps are lined up."""
+        self.kept = [(index, y, carry) for index, (_, y, carry) in zip(lined.firsts, self.kept)]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from ..solution import SolverError
 from .mesh import Mesh
 from .method import Carry, Method, Rhs, renewed
 
@@ -46,3 +49,18 @@ def replay(
             y = torch.where(stays, y, step.y)
             carry = tuple(torch.where(stays, old, new) for old, new in zip(carry, step.carry))
     return y, carry, dense
+
+
+def check_repeats(found: Tensor, expected: Tensor) -> None:
+    """Make sure that a replay meets the kept states.
+
+    Raises:
+        SolverError: it does not.
+    """
+    slack = math.sqrt(torch.finfo(found.dtype).eps)
+    if not torch.allclose(found, expected, rtol=slack, atol=slack, equal_nan=True):
+        raise SolverError(
+            "solve_ode: the field gave other values when the accepted steps were repeated for the backward pass, so "
+            "gradients would be wrong. It must be a function of t, y and args alone: fix its noise within a solve, and "
+            "do not let it change state."
+        )

@@ -262,7 +262,7 @@ class SampleSteps:
     def _report(self, t: Tensor, y: Tensor, h: Tensor) -> Run:
         lined = LinedUp(self.tried, [entry[0] for entry in self.keeper.kept] if self.keeper else [], t)
         if self.keeper is not None:
-            self.keeper.renumber(lined.firsts)
+            self.keeper.line_up(lined)
         places = lined.index_of(self.steps_of_output.clamp(min=0))
         if self.problem.dense:
             picks = torch.arange(lined.count, device=t.device).unsqueeze(1).expand(-1, len(t))

@@ -239,7 +239,7 @@ class SharedSteps:
         if not inside_transform():
             each = self.tolerance.sample_ratio(step.error, scale)
             change, _ = self.control.factor(each, (), self.method.error_order or 1)
-            lost = living & ((taken * change).abs() < self._resolution(t, taken))
+            lost = living & (torch.as_tensor(taken * change).abs() < self._resolution(t, taken))
             if not any_true(lost):
                 worst = torch.where(living, each, -math.inf).argmax()
                 lost = torch.arange(len(each), device=each.device) == worst
