@@ -7,6 +7,7 @@ from .projections import project_box, project_l1_ball, project_l2_ball, project_
 from .quadratic import Certificate, Duals, QPSolution, quadratic_program
 from .quadratic_problem import QPSolver
 from .simplex import entmax, entmax15, sparsemax
+from .sinkhorn import project_birkhoff, sinkhorn
 from .sorting import project_permutahedron, soft_rank, soft_sort, soft_topk
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "QPSolver",
     "entmax",
     "entmax15",
+    "project_birkhoff",
     "project_box",
     "project_isotonic",
     "project_l1_ball",
@@ -25,6 +27,7 @@ __all__ = [
     "project_permutahedron",
     "project_simplex",
     "quadratic_program",
+    "sinkhorn",
     "soft_rank",
     "soft_sort",
     "soft_topk",

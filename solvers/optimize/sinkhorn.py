@@ -64,15 +64,15 @@ def sinkhorn(
     columns: Float[Tensor, "*#batch m"] | None = None,
     *,
     temperature: float | Float[Tensor, "..."] = 1.0,
-    rtol: float = 1e-6,
+    rtol: float = 1e-9,
     max_steps: int = 100,
     throw: bool | str = False,
 ) -> Solution[Tensor]:
     """The plan of largest score plus entropy with given row and column sums; with neither, doubly stochastic.
 
-    argmax_P <P, scores> + temperature H(P): it is diag(u) exp(scores / temperature) diag(v), as Sinkhorn's iteration
-    finds it; entropic optimal transport where the scores are negative costs. Newton's method takes a dozen steps where
-    that iteration takes thousands, each of a Cholesky factorisation of the smaller side.
+    argmax_P <P, scores> + temperature H(P), which is diag(u) exp(scores / temperature) diag(v): what Sinkhorn's
+    iteration converges to, and entropic optimal transport where the scores are negative costs. Found by Newton's
+    method: a step costs more, an (m, m) Cholesky factorisation, but low temperatures take few.
 
     Args:
         scores: any real tensor; -inf excludes an entry.
@@ -85,9 +85,8 @@ def sinkhorn(
 
     Returns:
         The `Solution`, with the plans (..., n, m) as its value and (batch,) statistics, `batch` of all leading
-        dimensions. Rows sum to `rows` in any case. Computed in
-        float64 where the device has it. Differentiable in all arguments to second order, and under
-        torch.func as often as its transforms ask.
+        dimensions. Rows sum to `rows` in any case. Computed in float64 where the device has it. Differentiable in all
+        arguments, to third order, and under torch.func as often as its transforms ask.
 
     Raises:
         ValueError: a marginal or the temperature is not positive and finite, or does not fit; a row or column without
@@ -110,7 +109,7 @@ def project_birkhoff(
     rows: Float[Tensor, "*#batch n"] | None = None,
     columns: Float[Tensor, "*#batch m"] | None = None,
     *,
-    rtol: float = 1e-6,
+    rtol: float = 1e-9,
     max_steps: int = 100,
     throw: bool | str = False,
 ) -> Solution[Tensor]:
@@ -128,7 +127,8 @@ def project_birkhoff(
 
     Returns:
         The `Solution`, with the projections (..., n, m) as its value and (batch,) statistics, `batch` of all
-        leading dimensions. Computed in float64 where the device has it. Differentiable in all arguments.
+        leading dimensions. Rows sum to `rows` in any case. Computed in float64 where the device has it. Differentiable
+        in all arguments; derivatives are those of the entries that are not zero.
 
     Raises:
         ValueError: a marginal is not positive and finite, or does not fit; a row or column without any point above
@@ -169,12 +169,12 @@ def _balance(
         if any_true(excluded):
             first = tuple(excluded.nonzero()[0].tolist())
             raise ValueError(f"{name}: {side} {first[-1]} of sample {first[-2]} has no entry above -inf.")
-    at = tuple(_Constant.apply(t) for t in (x, a, b))
+    x0, a0, b0 = (_Constant.apply(t) for t in (x, a, b))
     with no_derivatives():
-        g, stats = _solve(*at, kind, rtol, max_steps)
-        plan = kind.plan(at[0] + g.unsqueeze(1), at[1])
+        g, stats = _solve(x0, a0, b0, kind, rtol, max_steps)
+        plan = kind.plan(x0 + g.unsqueeze(1), a0)
         # Beyond the last digits of the columns' weights, the right-hand side of a derivative is noise.
-        factor = _Factor(plan, kind, 100 * torch.finfo(x.dtype).eps * at[2].mean(1))
+        factor = _Factor(plan, kind, 100 * torch.finfo(x.dtype).eps * b0.mean(1))
     # Newton steps of value zero; each adds an exact order of derivative.
     for _ in range(max(derivative_levels(), 1) + 2):
         missing = b - kind.plan(x + g.unsqueeze(1), a).sum(1)
