@@ -58,7 +58,7 @@ def polish(
     if problem.softness is not None:
         slack = slack + problem.softness[:, :m] * v[:, :m]
     reach = SIGN * (torch.linalg.vector_norm(x, dim=1, keepdim=True) + problem.d[:, :m].abs())
-    pull = SIGN * (torch.linalg.vector_norm(v, ord=float("inf"), dim=1, keepdim=True) + 1e-3)
+    pull = SIGN * (torch.linalg.vector_norm(v, dim=1, keepdim=True) + 1e-3)
     wrong_slack = ~active & (slack < -reach)
     wrong_pull = active & (v[:, :m] < -pull)
     proved = ~(wrong_slack | wrong_pull).any(1) & (error <= tolerance)

@@ -91,7 +91,8 @@ class _SaddleSolve(torch.autograd.Function):
         needs = ctx.needs_input_grad
         on_Q = on_C = on_W = None
         if needs[0]:
-            on_Q = -_outer(a, u, Q.ndim)
+            half = _outer(a, u, Q.ndim)
+            on_Q = -(half + half.mT) / 2
         if needs[1]:
             on_C = -(_outer(v, a, C.ndim) + _outer(b, u, C.ndim))
         if needs[2]:
@@ -105,7 +106,7 @@ class _SaddleSolve(torch.autograd.Function):
         r = torch.zeros_like(u) if dr is None else dr
         d = torch.zeros_like(v) if dd is None else dd
         if dQ is not None:
-            r = r - times(dQ, u)
+            r = r - (times(dQ, u) + times_transposed(dQ, u)) / 2
         if dC is not None:
             r, d = r - times_transposed(dC, v), d - times(dC, u)
         if dW is not None:

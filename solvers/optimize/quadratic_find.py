@@ -15,7 +15,10 @@ from .infeasible import descent_ray, empty_set
 from .interior_point import InteriorPoint
 from .quadratic_attach import fold, saddle_factor
 from .quadratic_kkt import times
-from .quadratic_problem import Limits, Programme, QPSolver, scaled
+from .quadratic_problem import Found, Limits, Programme, QPSolver, scaled
+
+CACHED = 200_000
+"""Numbers of C in a piece of the batch that is solved by itself on a CPU: larger ones leave the cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +33,13 @@ class Request:
 class Optimum(NamedTuple):
     """In the units of the programme, all of it constant.
 
-    x (batch, n), v (batch, rows), slack (batch, m); W of the derivative, its factor and scales; proved, steps, status,
+    x (batch, n), v (batch, rows); W of the derivative, its factor and scales; proved, steps, status,
     residual (batch,); certificate of an empty feasible set (batch, rows), of an unbounded objective (batch, n), zero
     where there is none.
     """
 
     x: Tensor
     v: Tensor
-    slack: Tensor
     W: Tensor
     factor: Tensor
     rows: Tensor
@@ -69,7 +71,7 @@ class _Find(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[None, ...]:
-        return (None,) * 13
+        return (None,) * 12
 
     @staticmethod
     def vmap(info: Any, dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -105,7 +107,7 @@ def _find(programme: Programme, request: Request, x0: Tensor | None, v0: Tensor 
     if request.barrier > 0:
         found = follow_to(problem, request.barrier / scale.objective, limits)
     else:
-        found = request.solver.run(problem, limits, start)
+        found = _run_in_pieces(problem, request.solver, limits, start)
     farkas, ray = torch.zeros_like(problem.d), torch.zeros_like(problem.q)
     failed = (found.status != Status.CONVERGED).nonzero().flatten()
     if len(failed):
@@ -125,14 +127,26 @@ def _find(programme: Programme, request: Request, x0: Tensor | None, v0: Tensor 
         factor[unsure] = saddle_factor(part.Q, part.C, some, torch.ones_like(part.d), one)
     # In the units of the programme, Farkas' vector is divided by the rows, whatever its length.
     farkas = farkas / scale.rows
-    slack = programme.d[rows, :m] - times(whole.select(rows).C, x)[:, :m]
     result = Optimum(
-        x, v, slack, W, factor, scale.rows, scale.objective, found.proved, found.steps, found.status, found.residual,
+        x, v, W, factor, scale.rows, scale.objective, found.proved, found.steps, found.status, found.residual,
         farkas, ray,
     )  # fmt: skip
     if everything:
         return result
     return Optimum(*[none.index_copy(0, rows, some) for none, some in zip(_nothing(programme), result, strict=True)])
+
+
+def _run_in_pieces(problem: Programme, solver: QPSolver, limits: Limits, start: tuple[Tensor, Tensor] | None) -> Found:
+    """Run the method on as many samples at once as a processor's cache holds."""
+    size = max(problem.C.shape[-2], 1) * problem.q.shape[1]
+    count = max(CACHED // size, 16)
+    if problem.q.device.type != "cpu" or problem.batch <= count:
+        return solver.run(problem, limits, start)
+    pieces = []
+    for rows in torch.arange(problem.batch).split(count):
+        piece = None if start is None else (start[0][rows], start[1][rows])
+        pieces.append(solver.run(problem.select(slice(int(rows[0]), int(rows[-1]) + 1)), limits, piece))
+    return Found.join(pieces)
 
 
 def _nothing(programme: Programme) -> Optimum:
@@ -141,15 +155,16 @@ def _nothing(programme: Programme) -> Optimum:
     batch = len(q)
     zeros = torch.zeros(batch, dtype=torch.int64, device=q.device)
     return Optimum(
-        torch.full_like(q, math.nan), torch.full_like(d, math.nan), torch.full_like(d[:, : programme.m], math.nan),
-        torch.full_like(d, math.inf), torch.eye(n, dtype=q.dtype, device=q.device).repeat(batch, 1, 1),
+        torch.full_like(q, math.nan), torch.full_like(d, math.nan), torch.full_like(d, math.inf),
+        torch.eye(n, dtype=q.dtype, device=q.device).repeat(batch, 1, 1),
         torch.ones_like(d), q.new_ones(batch), zeros.bool(), zeros, zeros + int(Status.NON_FINITE),
         q.new_full((batch,), math.nan), torch.zeros_like(d), torch.zeros_like(q),
     )  # fmt: skip
 
 
 def _finite(matrix: Tensor, batch: int) -> Tensor:
-    return torch.isfinite(matrix).flatten(-2).all(-1).expand(batch)
+    # A sum is finite where all of its terms are, and costs no mask.
+    return torch.isfinite(matrix.flatten(-2).sum(-1)).expand(batch)
 
 
 def _root(Q: Tensor, healthy: Tensor) -> Tensor | None:

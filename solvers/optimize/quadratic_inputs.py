@@ -137,7 +137,8 @@ def _prepare(given: dict[str, Tensor | None], names: tuple[str, ...], batch: int
                 f"{names[0]} is not symmetric: entries differ from their mirror image by up to {_largest(off)}. The "
                 f"objective is 1/2 x'Qx; pass ({names[0]} + {names[0]}.mT) / 2."
             )
-        full = (full + mirrored) / 2
+        if any_true(off > 0):
+            full = (full + mirrored) / 2
     return Inputs(full, vector(q), matrix(G, 0), vector(h), matrix(A, 0), vector(b), dtype)
 
 

@@ -107,7 +107,8 @@ class Saddle:
         taking = torch.isfinite(self.W)
         below = torch.where(taking, d - Cu + torch.where(taking, self.W, 0.0) * v, 0.0)
         scale = (norms(r) + norms(Qu) + norms(Cv)).clamp_min(torch.finfo(u.dtype).tiny)
-        scale_below = norms(torch.where(taking, d, 0.0)) + norms(u)
+        # Where the equations leave u no freedom it is zero, but for rounding errors of what pulls at it.
+        scale_below = norms(torch.where(taking, d, 0.0)) + norms(u) + norms(r)
         relative = norms(left) / scale + norms(below) / scale_below.clamp_min(torch.finfo(u.dtype).tiny)
         return left, below, relative
 

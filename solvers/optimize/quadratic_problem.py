@@ -39,7 +39,7 @@ class Programme:
     softness: Tensor | None = None
     root: Tensor | None = None
 
-    def select(self, rows: Tensor) -> Programme:
+    def select(self, rows: Tensor | slice) -> Programme:
         """The programmes of some samples."""
         return dataclasses.replace(
             self,
@@ -133,6 +133,18 @@ class Found:
             zeros + int(Status.MAX_STEPS),
             torch.full_like(problem.q[:, 0], math.inf),
         )
+
+    @classmethod
+    def join(cls, parts: list[Found]) -> Found:
+        """The parts, one behind the other."""
+        if all(part.factor is None for part in parts):
+            factor = None
+        else:
+            n = parts[0].x.shape[1]
+            factors = [p.x.new_zeros(len(p.x), n, n) if p.factor is None else p.factor for p in parts]
+            factor = torch.cat(factors)
+        names = [f.name for f in dataclasses.fields(cls) if f.name != "factor"]
+        return cls(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names}, factor=factor)
 
     def prove(self, rows: Tensor, result: Polished, which: Tensor, steps: int) -> None:
         """Note the optimum of some `rows`, the samples `which` of a polished result."""
