@@ -15,7 +15,8 @@ from ..solvers.options import suggest
 from ..zoo.errors import ZooError
 from .config import Config
 from .data import DataError
-from .loop import TrainingError, train
+from .errors import Interrupted, TrainingError
+from .loop import train
 from .tasks import Task
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -40,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     try:
         train(config, command_line(arguments))
-    except (TrainingError, DataError, ZooError) as error:
+    except Interrupted as error:
+        print(f"restpoint-train: {error}", file=sys.stderr)
+        return 128 + error.signal
+    except (TrainingError, DataError, ZooError, OSError) as error:
         print(f"restpoint-train: {error}", file=sys.stderr)
         return 2
     return 0

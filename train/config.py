@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from .data import Affine
 from .tasks import ImageClassification, Task
@@ -35,7 +35,7 @@ class DataConfig:
         validation: the last so many images of the training set are set aside and evaluated instead of the test set,
             every few epochs. Without, the test set is evaluated once, after the last epoch: choose a recipe with a
             validation set, and run it without.
-        batch_size: images a training step.
+        batch_size: images a training step, of all processes together.
         eval_batch_size: images a batch of evaluation.
         augment: random affine changes of the training images, or None.
     """
@@ -75,6 +75,19 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass
+class WarmupConfig:
+    """Equilibrium models may begin as the weight-tied networks that they are the limit of.
+
+    Attributes:
+        steps: so many of the first steps.
+        layers: evaluations of the cell in each solve of those, all of them differentiated through.
+    """
+
+    steps: int = 0
+    layers: int = 5
+
+
+@dataclasses.dataclass
 class Config:
     """One training run.
 
@@ -89,12 +102,20 @@ class Config:
         ema: decay of the averaged weights that are evaluated and exported; None exports the last ones.
         threads: of torch on the CPU; results are repeatable for equal numbers. None leaves torch's choice.
         device: "cpu", "cuda" or "cuda:1".
+        parallel: with several processes, as torchrun starts them: "ddp" keeps the model in each, "fsdp" shards it.
+        accumulate: parts that each process computes its share of a step's batch in, to save memory.
+        autocast: "bfloat16" or "float16" computes what can be in that type; float16 with a scaled loss.
+        compile: compile what a solver evaluates again and again (the cells and fields of the layers), or where there is
+            nothing of the kind the model. Penalties that differentiate twice cannot be compiled.
+        warmup: first steps of an equilibrium model by unrolling.
         log_every: steps between two lines of the log and points of the curves.
+        checkpoint_every: steps between two checkpoints; None for one after every epoch.
+        diagnose_every: steps between two looks at what costs more than a step, such as the spectral radius; 0 for none.
         evaluate_every: epochs between two evaluations on the validation set; the last epoch is always evaluated.
         patience: stop after so many steps in a row with a loss that is not finite.
         data_dir: the folder that holds the data.
         output: the run's folder; None for runs/NAME.
-        resume: go on from the checkpoint in the run's folder.
+        resume: true goes on from the checkpoint in the run's folder; "auto" does where there is one, and else begins.
     """
 
     name: str = "conv_deq_tiny.digits"
@@ -107,9 +128,16 @@ class Config:
     ema: float | None = None
     threads: int | None = None
     device: str = "cpu"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    accumulate: int = 1
+    autocast: Literal["bfloat16", "float16"] | None = None
+    compile: bool = False
+    warmup: WarmupConfig = dataclasses.field(default_factory=WarmupConfig)
     log_every: int = 50
+    checkpoint_every: int | None = None
+    diagnose_every: int = 0
     evaluate_every: int = 1
     patience: int = 20
     data_dir: str | None = None
     output: str | None = None
-    resume: bool = False
+    resume: bool | Literal["auto"] = False

@@ -13,7 +13,7 @@ from restpoint.solvers.ode import RK4, ConstantController
 from restpoint.train import evaluate_model
 from restpoint.train.config import Config, DataConfig
 from restpoint.train.data import PointBatches, load_data
-from restpoint.train.loop import split_batches
+from restpoint.train.split import split_batches
 from restpoint.train.tasks import DensityEstimation
 
 NAMES = ["two_moons", "eight_gaussians", "checkerboard", "pinwheel"]

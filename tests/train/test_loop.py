@@ -60,7 +60,8 @@ def test_a_run_learns_reports_and_exports(tmp_path):
     data = DataConfig(name="corners", validation=32, batch_size=16)
     metrics = train(config(tmp_path, epochs=4, data=data), "restpoint-train --config x.yaml")
     points = curves(tmp_path)
-    expected = {"loss", "accuracy", "lr", "evaluations", "residual", "converged", "skipped", "growth", "seconds"}
+    expected = {"loss", "accuracy", "lr", "evaluations", "residual", "converged", "skipped", "growth"}
+    expected |= {"memory_gb", "examples_per_second"}
     assert expected <= {tag.removeprefix("train/") for tag in points}
     assert points["eval/accuracy"][-1] == pytest.approx(metrics["accuracy"])
     assert metrics["accuracy"] > 0.8
@@ -178,7 +179,7 @@ def test_a_model_that_is_no_equilibrium_model_is_trained_by_its_logits():
 def test_what_cannot_be_trained_or_evaluated_is_said(tmp_path):
     with pytest.raises(TrainingError, match="no option 'chanels'"):
         train(config(tmp_path / "a", model=ModelConfig(arguments={"chanels": 3})))
-    with pytest.raises(TrainingError, match="validation"):
+    with pytest.raises(DataError, match="validation"):
         train(config(tmp_path / "b", data=DataConfig(name="corners", validation=5000)))
     with pytest.raises(DataError, match="give data="):
         evaluate_model(torch.nn.Linear(2, 2))

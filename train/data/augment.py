@@ -29,13 +29,22 @@ class Affine:
     shift: float = 0.0
 
     def __call__(
-        self, images: Float[Tensor, "batch channels height width"], generator: Generator
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        generator: Generator,
+        mine: slice = slice(None),
+        total: int | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
-        """`images`, each changed; bilinear between pixels."""
-        batch, _, height, width = images.shape
+        """`images`, each changed; bilinear between pixels.
+
+        Where several processes share a batch of `total`, and these images are `mine` of its rows, each image changes as
+        it would if one process had them all.
+        """
+        _, _, height, width = images.shape
+        batch = len(images) if total is None else total
 
         def draw(largest: float) -> Tensor:
-            return (torch.rand(batch, generator=generator) * 2 - 1) * largest
+            return ((torch.rand(batch, generator=generator) * 2 - 1) * largest)[mine]
 
         angle, size, shear = draw(math.radians(self.rotate)), 1 + draw(self.scale), draw(self.shear)
         # affine_grid maps output to input, both in [-1, 1]: two units are the width.

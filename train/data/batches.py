@@ -54,25 +54,35 @@ class Batches:
         full, rest = divmod(len(self.data), self.batch_size)
         return full if self.shuffle or rest == 0 else full + 1
 
-    def epoch(self, index: int = 0, start: int = 0) -> Iterator[Batch]:
-        """The batches of epoch `index`, from batch `start` on.
+    def rows(self, place: int) -> int:
+        """Images in batch `place` of an epoch."""
+        return min(self.batch_size, len(self.data) - place * self.batch_size)
+
+    def epoch(self, index: int = 0, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """The batches of epoch `index`, from batch `start` on; of each the part of process `rank` of `world`.
 
         Every batch has a generator of its own, seeded by seed, epoch and place, so that starting in the middle gives
-        what an uninterrupted epoch would have given.
+        what an uninterrupted epoch would have given, and the parts of all processes what one would have had.
         """
         order = torch.arange(len(self.data))
         if self.shuffle:
             order = torch.randperm(len(self.data), generator=generator_of(self.seed, index, 0))
         for place in range(start, len(self)):
             rows = order[place * self.batch_size : (place + 1) * self.batch_size]
-            part = self.data.take(rows)
+            mine = part_of(len(rows), rank, world)
+            part = self.data.take(rows[mine])
             images = part.images.float() / part.white
             if self.augment is not None:
-                images = self.augment(images, generator_of(self.seed, index, place + 1))
+                images = self.augment(images, generator_of(self.seed, index, place + 1), mine, len(rows))
             yield ((images - self.mean) / self.std).to(self.device), part.labels.to(self.device)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.epoch(0)
+
+
+def part_of(rows: int, index: int, count: int) -> slice:
+    """The `index`-th of `count` runs of `rows` rows, as equal as can be."""
+    return slice(rows * index // count, rows * (index + 1) // count)
 
 
 def generator_of(*numbers: int) -> Generator:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from .batches import generator_of
+from .batches import generator_of, part_of
 from .source import register_data
 
 Points = tuple[Float[Tensor, "batch 2"], Float[Tensor, " batch"]]
@@ -187,11 +187,19 @@ class PointBatches:
     def __len__(self) -> int:
         return -(-self.count // self.batch_size)
 
-    def epoch(self, index: int = 0, start: int = 0) -> Iterator[Points]:
-        """The batches of epoch `index`, from batch `start` on, as (points, log density), in float32."""
+    def rows(self, place: int) -> int:
+        """Points in batch `place` of an epoch."""
+        return min(self.batch_size, self.count - place * self.batch_size)
+
+    def epoch(self, index: int = 0, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[Points]:
+        """The batches of epoch `index`, from batch `start` on, as (points, log density), in float32.
+
+        Of each batch the part of process `rank` of `world`.
+        """
         for place in range(start, len(self)):
-            n = min(self.batch_size, self.count - place * self.batch_size)
+            n = self.rows(place)
             points = self.density.sample(n, generator_of(self.seed, index if self.fresh else 0, place))
+            points = points[part_of(n, rank, world)]
             log_p = self.density.log_prob(points)
             yield points.float().to(self.device), log_p.float().to(self.device)
 

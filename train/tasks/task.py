@@ -45,3 +45,11 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def evaluate(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
         """Metrics over all `batches`, with the model in eval mode and without gradients."""
+
+    def diagnose(self, model: nn.Module, batch: Any) -> dict[str, float]:
+        """What costs more than a step and is worth a curve; draws from no global generator."""
+        return {}
+
+    def pictures(self, model: nn.Module) -> dict[str, Tensor]:
+        """What the model makes, as pictures (channels, height, width) in [0, 1]; draws from no global generator."""
+        return {}
