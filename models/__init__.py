@@ -1,8 +1,9 @@
 """Models made of solvers: one family a folder, one architecture a file."""
 
+from .attention import SparseAttention
 from .deq import DEQ
 from .dropout import VariationalDropout
 from .flow import ContinuousFlow
 from .ode import NeuralODE
 
-__all__ = ["DEQ", "ContinuousFlow", "NeuralODE", "VariationalDropout"]
+__all__ = ["DEQ", "ContinuousFlow", "NeuralODE", "SparseAttention", "VariationalDropout"]

@@ -1,0 +1,5 @@
+"""Attention whose weights are the solution of a problem."""
+
+from .sparse import SparseAttention
+
+__all__ = ["SparseAttention"]
