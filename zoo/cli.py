@@ -1,4 +1,4 @@
-"""The command line: `restpoint list | info | predict | evaluate | demo | train`."""
+"""The command line: `restpoint list | info | predict | evaluate | results | demo | train`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,31 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
+from tqdm import tqdm
+
 from .. import __version__
+from .cards import Card
 from .errors import ZooError
 from .factory import create_model
 from .predict import predict_files
 from .registry import architectures, cards, list_models, load_card, resolve
+from .results import main_metric, result
+from .tables import comma_separated, flatten, markdown, table
+
+PAGE = """# Results
+
+Made by `restpoint results --markdown --data-dir DATA_DIR`; `--csv` instead gives [the same in full](results.csv).
+
+- `value` is the model's metric on its test data, as its card says; `published` is what the literature reports.
+- `evaluations` of the cell or field are the mean per sample.
+- `milliseconds` of processor time per sample, on one thread, in a batch of {batch} test samples, without gradients; of
+  use beside each other, for another machine has others.
+- `memory` and `memory_backward` are the most MiB of tensors alive at once during that batch, without gradients and in
+  a forward and backward pass, beyond the model and its inputs.
+- `checkpoint` is the size of the weights in KiB.
+
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,6 +124,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("name", help="architecture.tag, or local-dir:DIR")
     sub.add_argument("--data-dir", help="where the data set lies; not needed for data that a dependency ships")
 
+    sub = command(
+        "results",
+        _results,
+        "tabulate what pretrained models reach and cost, measured on this machine",
+        "restpoint results --data-dir ~/data --markdown > results.md",
+    )
+    sub.add_argument("filter", nargs="*", default=["*"], help="patterns such as 'deq*' or '*.mnist'; one must match")
+    sub.add_argument("--data-dir", help="where the data sets lie; without them time and memory stay empty")
+    sub.add_argument("--batch", type=_positive, default=64, help="samples in the measured batch (default 64)")
+    form = sub.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="print a page of Markdown instead")
+    form.add_argument("--csv", action="store_true", help="print CSV instead, numbers in full")
+
     for name, summary in (
         ("demo", "classify handwritten digits and draw how"),
         ("train", "train or fine-tune a model"),
@@ -125,16 +158,20 @@ def _list(options: argparse.Namespace) -> int:
     rows = []
     for name in names:
         architecture, card = architectures()[name.partition(".")[0]], known.get(name)
-        rows.append(
-            {
-                "name": name,
-                "family": architecture.family,
-                "task": architecture.task,
-                "data": card.data.name if card and card.data else None,
-                "parameters": card.parameters if card else None,
-                "metrics": card.metrics if card else None,
-            }
-        )
+        metric = main_metric(card) if card else None
+        row: dict[str, Any] = {
+            "name": name,
+            "family": architecture.family,
+            "task": architecture.task,
+            "data": card.data.name if card and card.data else None,
+            "parameters": card.parameters if card else None,
+        }
+        if options.json:
+            row["metrics"] = card.metrics if card else None
+        else:
+            # All of them would not fit a terminal; `info` has them.
+            row["metric"] = {metric: card.metrics[metric]} if card and metric else None
+        rows.append(row)
     if options.json:
         print(json.dumps(rows, indent=2))
     elif rows:
@@ -155,10 +192,12 @@ def _info(options: argparse.Namespace) -> int:
     }
     if entry.card:
         facts |= entry.card.to_dict()
+    else:
+        facts["pretrained"] = [name for name, card in cards().items() if card.architecture == entry.architecture.name]
     if options.json:
         print(json.dumps(facts, indent=2))
         return 0
-    lines = _flatten({key: value for key, value in facts.items() if value not in (None, "", {}, [], ())})
+    lines = [line for line in flatten(facts) if line[1] not in ("", "-")]
     width = max(len(key) for key, _ in lines)
     print("\n".join(f"{key.ljust(width)}  {value}" for key, value in lines))
     return 0
@@ -169,7 +208,7 @@ def _predict(options: argparse.Namespace) -> int:
     model = create_model(options.name, pretrained=True).eval()
     results = list(predict_files(model, card, options.files, top=options.top))
     if options.json:
-        print(json.dumps([dataclasses.asdict(result) for result in results], indent=2))
+        print(json.dumps([dataclasses.asdict(r) for r in results], indent=2))
     else:
         answers = [
             {"file": r.file} | {f"{i + 1}.": f"{r.labels[i]} ({r.probabilities[i]:.1%})" for i in range(len(r.labels))}
@@ -178,9 +217,11 @@ def _predict(options: argparse.Namespace) -> int:
         ]
         if answers:
             print(table(answers))
-    failed = [result for result in results if result.error is not None]
-    for result in failed:
-        print(f"restpoint: {result.file}: {result.error}", file=sys.stderr)
+    failed = [r for r in results if r.error is not None]
+    for r in failed:
+        print(f"restpoint: {r.file}: {r.error}", file=sys.stderr)
+    if failed:
+        print(f"restpoint: {len(failed)} of {len(results)} files were skipped", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -195,49 +236,49 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(results, indent=2))
     else:
-        print(table([{"metric": key, "value": value} for key, value in results.items()]))
+        said = load_card(options.name).metrics
+        print(table([{"metric": key, "value": value, "card": said.get(key)} for key, value in results.items()]))
     return 0
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows with the same keys as aligned columns: numbers to the right, text to the left, None as a dash."""
-    columns = list(rows[0])
-    cells = [columns] + [[_cell(row[column]) for column in columns] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    numeric = [all(isinstance(row[c], int | float | None) for row in rows) for c in columns]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(line, widths, numeric, strict=True)
-        ).rstrip()
-        for line in cells
+def _results(options: argparse.Namespace) -> int:
+    names = list_models(options.filter, pretrained=True)
+    if not names:
+        print(f"restpoint: no pretrained model matches {' '.join(options.filter)}", file=sys.stderr)
+        return 1
+    rows = []
+    for name in tqdm(names, desc="measuring", disable=None, leave=False):
+        card = load_card(name)
+        rows.append(dataclasses.asdict(result(card, _test_batch(card, options.data_dir, options.batch))))
+    if options.json:
+        print(json.dumps(rows, indent=2))
+    elif options.csv:
+        print(comma_separated(rows), end="")
+    elif options.markdown:
+        print(PAGE.format(batch=options.batch) + markdown(rows), end="")
+    else:
+        print(table(rows))
+    return 0
+
+
+def _test_batch(card: Card, data_dir: str | None, count: int) -> Tensor | None:
+    """The first `count` inputs of a card's test data; None, and a line that says why, where they are not here."""
+    from ..train.data import Batches, DataError, PointSource, load_data
+
+    try:
+        if card.data is None:
+            raise DataError("its card names no data.")
+        source = load_data(card.data.name, data_dir)
+    except DataError as error:
+        print(f"restpoint: {card.name} is not measured: {error}", file=sys.stderr)
+        return None
+    batches: Any = (
+        source.test_batches(count, count, "cpu")
+        if isinstance(source, PointSource)
+        else Batches(source.test.take(slice(count)), source.mean, source.std, count)
     )
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_cell(inner)}" for key, inner in value.items()) or "-"
-    if isinstance(value, list | tuple):
-        return ", ".join(_cell(inner) for inner in value) or "-"
-    return str(value)
-
-
-def _flatten(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    lines: list[tuple[str, str]] = []
-    for key, inner in value.items():
-        if isinstance(inner, dict):
-            lines += _flatten(inner, f"{prefix}{key}.")
-        else:
-            lines.append((f"{prefix}{key}", _cell(inner)))
-    return lines
+    inputs: Tensor = next(iter(batches))[0]
+    return inputs
 
 
 if __name__ == "__main__":

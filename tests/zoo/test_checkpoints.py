@@ -1,5 +1,6 @@
 """Every shipped checkpoint: whole, documented, and as good as its card says."""
 
+import csv
 import dataclasses
 
 import pytest
@@ -47,3 +48,18 @@ def test_a_checkpoint_loads_into_what_its_card_describes(name, home):
 def test_a_metric_of_the_card_is_that_of_the_weights(name, home):
     measured = evaluate_model(name)
     assert measured["accuracy"] == pytest.approx(load_card(name).metrics["accuracy"], abs=2e-3)
+
+
+def test_the_page_of_results_is_that_of_the_cards(home):
+    docs = PACKAGE_CHECKPOINTS.parent / "docs"
+    remedy = "make docs/results.md and results.csv anew: restpoint results --data-dir DATA_DIR --markdown, --csv"
+    rows = {row["model"]: row for row in csv.DictReader((docs / "results.csv").read_text().splitlines())}
+    assert sorted(rows) == NAMES, remedy
+    page = (docs / "results.md").read_text()
+    for name, row in rows.items():
+        card = load_card(name)
+        assert f"| {name} |" in page, remedy
+        assert float(row["value"]) == card.metrics[row["metric"]], remedy
+        assert int(row["parameters"]) == card.parameters, remedy
+        assert float(row["checkpoint"]) == card.weights.size / 1024, remedy
+        assert float(row["milliseconds"]) > 0

@@ -8,8 +8,11 @@ import torch
 from PIL import Image
 
 from restpoint.zoo import ImageInput, create_model, load_card, save_pretrained
-from restpoint.zoo.cli import main, table
+from restpoint.zoo.cli import main
 from restpoint.zoo.predict import predict_files, read_image
+from restpoint.zoo.tables import comma_separated, markdown, table
+
+COMMANDS = ["list", "info", "predict", "evaluate", "results", "demo", "train"]
 
 
 @pytest.fixture
@@ -107,6 +110,7 @@ def test_a_broken_file_is_named_and_stops_nothing(tiny, images, tmp_path, capsys
     status, out, err = run(capsys, "predict", "trial_tiny.ones", *files)
     assert status == 1
     assert [line.split()[0] for line in out.splitlines()] == ["file", images[0], images[1]]
+    assert err.splitlines()[-1] == "restpoint: 3 of 5 files were skipped"
     for name, reason in (("absent", "No such file"), ("broken", "cannot identify"), ("deep", "more than 8 bits")):
         assert any(f"{name}.png: " in line and reason in line for line in err.splitlines())
 
@@ -136,7 +140,7 @@ def test_a_model_for_another_number_of_channels(images, tmp_path):
         read_image(images[0], ImageInput((2, 4, 7), (0.0,) * 2, (1.0,) * 2))
 
 
-@pytest.mark.parametrize("command", ["list", "info", "predict", "evaluate", "demo", "train"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
@@ -148,7 +152,7 @@ def test_the_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out
-    assert all(f"    {command} " in out for command in ("list", "info", "predict", "evaluate", "demo", "train"))
+    assert all(f"    {command} " in out for command in COMMANDS)
 
 
 @pytest.mark.parametrize("call", ["", "lits", "list --famly x", "predict x", "predict x file --top 0"])
@@ -159,6 +163,56 @@ def test_a_wrong_call_is_status_two(call, capsys):
     assert "usage: restpoint" in capsys.readouterr().err
 
 
+def test_evaluate_sets_what_is_measured_beside_the_card(capsys):
+    status, out, _ = run(capsys, "evaluate", "ode_net_tiny.digits")
+    assert status == 0
+    assert out.splitlines()[0].split() == ["metric", "value", "card"]
+    name, value, card = out.splitlines()[1].split()
+    assert name == "accuracy"
+    assert float(value) == pytest.approx(float(card), abs=2e-3)
+
+
+def test_results_are_measured(capsys):
+    status, out, err = run(capsys, "results", "conv_deq_tiny.*", "ode_net_tiny.*", "--json", "--batch", "2")
+    assert status == 0
+    assert "not measured" not in err
+    rows = json.loads(out)
+    assert [row["model"] for row in rows] == ["conv_deq_tiny.digits", "ode_net_tiny.digits"]
+    for row in rows:
+        card = load_card(row["model"])
+        assert row["value"] == card.metrics["accuracy"]
+        assert row["checkpoint"] == card.weights.size / 1024
+        assert row["evaluations"] > 1
+        assert row["milliseconds"] > 0
+        assert 0 < row["memory"] < row["memory_backward"]
+
+
+def test_results_of_data_that_are_not_here_say_so(tiny, capsys):
+    status, out, err = run(capsys, "results", "trial_tiny.ones", "--json")
+    assert status == 0
+    assert "trial_tiny.ones is not measured: There is no data set 'noise'" in err
+    (row,) = json.loads(out)
+    assert (row["value"], row["milliseconds"], row["memory"]) == (0.5, None, None)
+    for form, start in (("--csv", "model,data,parameters,"), ("--markdown", "# Results"), ("--batch=8", "model ")):
+        _, out, _ = run(capsys, "results", "trial_tiny.ones", form)
+        assert out.startswith(start)
+        assert "trial_tiny.ones" in out
+    status, out, err = run(capsys, "results", "none*")
+    assert (status, out) == (1, "")
+    assert "no pretrained model matches none*" in err
+
+
+def test_info_of_an_architecture_names_its_weights(tiny, capsys):
+    _, out, _ = run(capsys, "info", "trial_tiny", "--json")
+    assert json.loads(out)["pretrained"] == ["trial_tiny.ones"]
+
+
 def test_tables_align():
     rows = [{"name": "a", "n": 1234567, "x": None}, {"name": "long", "n": 8, "x": {"k": 0.123456}}]
     assert table(rows) == "name          n  x\na     1,234,567  -\nlong          8  k 0.1235"
+
+
+def test_tables_for_documents():
+    rows = [{"a|b": 1, "c": None}, {"a|b": 2.5, "c": "x,y"}]
+    assert markdown(rows) == "| a\\|b | c |\n| ---: | --- |\n| 1 | - |\n| 2.5 | x,y |\n"
+    assert comma_separated(rows) == 'a|b,c\n1,\n2.5,"x,y"\n'
