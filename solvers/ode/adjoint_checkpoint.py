@@ -60,7 +60,10 @@ class _Checkpointed(Solve):
         if self.problem.per_sample:
             return self.keeper
         stage = self.problem.y0.numel() * self.problem.y0.element_size()
-        return TapingKeeper(Tape(self.inner, Sums(self.shared, self.externals), self.timed), stage)
+        tape = Tape(self.inner, Sums(self.shared, self.externals), self.timed)
+        out = self.externals.recorded
+        first = None if self.timed or out is None or out.grad_fn is None else (out, self.leaf, None)
+        return TapingKeeper(tape, stage, first)
 
     def forward(self) -> tuple[Tensor, ...]:
         task = self.task
@@ -90,10 +93,10 @@ class TapingKeeper(Keeper):
         recorder: the right-hand side that the driver is to use.
     """
 
-    def __init__(self, tape: Tape, stage: int) -> None:
-        """`stage` is how many bytes a stage takes."""
+    def __init__(self, tape: Tape, stage: int, first: Record | None) -> None:
+        """`stage` is how many bytes a stage takes; `first` the evaluation at the start, if it is recorded already."""
         super().__init__(None)
-        self.recorder = Recorder(tape)
+        self.recorder = Recorder(tape, first)
         self._stage, self._left = stage, _TAPED
         self._new = False
         self._first: Record | None = None

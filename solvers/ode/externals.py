@@ -28,6 +28,7 @@ class Externals:
         tensors: none of them depends on another.
         retain: whether derivatives reach through graphs recorded before the evaluation, which must then be kept.
         evaluations: how many it took to find them.
+        recorded: the derivative as the last of these found it; None once it is not needed any more.
     """
 
     def __init__(self, evaluate: Callable[[], Tensor], field: Callable[..., Any], inputs: Iterable[Tensor]) -> None:
@@ -41,12 +42,14 @@ class Externals:
 
     def _discover(self, evaluate: Callable[[], Tensor], mine: set[Node]) -> tuple[dict[Edge, Tensor], int]:
         start = clock()
-        edges = _outer_edges(evaluate(), mine, start)
+        self.recorded: Tensor | None = evaluate()
+        edges = _outer_edges(self.recorded, mine, start)
         found = {edge: variable for edge in edges if (variable := _variable(edge[0])) is not None}
         if len(found) == len(edges):
             return found, 1
         with _Sightings() as sightings:
-            edges = _outer_edges(evaluate(), mine, start)
+            self.recorded = evaluate()
+        edges = _outer_edges(self.recorded, mine, start)
         for edge in edges:
             tensor = _variable(edge[0])
             if tensor is None:
@@ -72,27 +75,25 @@ class Externals:
         )
 
     def _reaches_others(self, out: Tensor, own: tuple[Tensor, ...], start: int) -> bool:
-        # As `_outer_edges`, for the inner loop of a backward pass: nodes met twice are walked twice, up to a limit.
-        known, leaf, time, budget = self._known, own[0], own[-1], 200
-        stack = [out.grad_fn]
+        # As `_outer_edges`, for the inner loop of a backward pass.
+        known, leaf, time, seen = self._known, own[0], own[-1], set()
+        root = out.grad_fn
+        if root is None or root in known or root._sequence_nr() < start:
+            return _edge(out)[0] not in known
+        stack = [root]
         while stack:
-            node = stack.pop()
-            if node is None or node in known:
-                continue
-            children = node.next_functions
-            if not children:
-                variable = getattr(node, "variable", None)
-                if variable is not leaf and (variable is None or variable is not time):
+            for child, _ in stack.pop().next_functions:
+                if child is None or child in known or child in seen:
+                    continue
+                seen.add(child)
+                if type(child) is _LEAF:
+                    variable = _variable(child)
+                    if variable is not leaf and variable is not time:
+                        return True
+                elif child._sequence_nr() < start:
                     return True
-                continue
-            if node._sequence_nr() < start:
-                return True
-            budget -= 1
-            if not budget:
-                mine = known | {_edge(tensor)[0] for tensor in own}
-                return bool(_outer_edges(out, mine, start))
-            for child, _ in children:
-                stack.append(child)
+                else:
+                    stack.append(child)
         return False
 
 
@@ -102,6 +103,10 @@ def clock() -> int:
         probe = torch.zeros((), requires_grad=True).clone()
     assert probe.grad_fn is not None
     return probe.grad_fn._sequence_nr()
+
+
+# The node in which a derivative reaches a leaf.
+_LEAF = type(torch.zeros((), requires_grad=True).view(()).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
 
 
 def reachable(field: Any) -> list[Tensor]:

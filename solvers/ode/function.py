@@ -29,6 +29,7 @@ class Solve(abc.ABC):
         shared: these leaves, then the tensors that the field closes over: what every step's derivative reaches.
         externals: finds and checks the latter.
         timed: whether derivatives with respect to the first or last time are wanted.
+        leaf: the initial matrix from which `externals.recorded` was recorded.
         inputs: of the function: first and last time if wanted, y0, tensors of args, tensors closed over.
         run: what the driver found, once it has.
     """
@@ -45,6 +46,7 @@ class Solve(abc.ABC):
         with torch.enable_grad():
             y = problem.y0.detach().requires_grad_()
             self.externals = Externals(lambda: self.inner(start, y), problem.rhs.field, [y, *leaves])
+        self.leaf = y
         self.shared = [*leaves, *self.externals.tensors]
         self.ends = (task.start, task.end)
         times = [x for x in self.ends if x is not None]
@@ -58,6 +60,7 @@ class Solve(abc.ABC):
             run = self.task.run()
             return Outcome(run.y, run.dense, run)
         tensors = _Function.apply(self, *self.inputs)
+        self.externals.recorded = None
         assert self.run is not None
         return self.wrap(tensors)
 

@@ -117,12 +117,13 @@ class Recorder(Rhs):
         active: whether to record.
     """
 
-    __slots__ = ("active", "records", "tape")
+    __slots__ = ("_first", "active", "records", "tape")
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, tape: Tape, first: Record | None = None) -> None:
+        """`first` is what the first call would record, if it is there already."""
         super().__init__(tape.rhs.field, tape.rhs.args, tape.rhs.spec, tape.rhs.batch)
         self._autocast = tape.rhs._autocast
-        self.tape, self.active = tape, True
+        self.tape, self.active, self._first = tape, True, first
         self.records: list[Record] = []
 
     def __call__(self, t: Time, y: Tensor) -> Tensor:
@@ -130,6 +131,10 @@ class Recorder(Rhs):
         if not self.active:
             return super().__call__(t, y)
         self.calls += 1
+        if self._first is not None:
+            record, self._first = self._first, None
+            self.records.append(record)
+            return record[0].detach()
         before = torch.is_grad_enabled()
         torch.set_grad_enabled(True)
         try:
