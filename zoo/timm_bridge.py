@@ -53,7 +53,8 @@ def register() -> list[str]:
             f"{PREFIX}{card.name}": _describe(card) for card in known.values() if card.architecture == architecture.name
         }
         default_cfgs.update(generate_default_cfgs(own or {PREFIX + architecture.name: {}}))
-        register_model(_entry(architecture))
+        # timm puts the name into `__all__`, and the builder belongs beside it.
+        globals()[PREFIX + architecture.name] = register_model(_entry(architecture))
     return [PREFIX + architecture.name for architecture in new]
 
 

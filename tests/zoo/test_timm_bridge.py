@@ -12,7 +12,7 @@ import timm.utils
 import torch
 from safetensors.torch import load_file
 
-from restpoint import create_model, list_models
+from restpoint import create_model, list_models, load_card
 from restpoint.zoo import CheckpointError, UnknownModelError, timm_bridge
 
 NAMES = list_models(task="image-classification", pretrained=False)
@@ -51,7 +51,8 @@ def test_pretrained_weights_with_another_head_and_other_channels():
         features = model.forward_features(grey.expand(-1, 3, -1, -1))
         torch.testing.assert_close(features, ours.forward_features(grey), rtol=1e-2, atol=1e-2)
     data = timm.data.resolve_model_data_config(ours := timm.create_model("restpoint_conv_deq_tiny", pretrained=True))
-    assert (data["input_size"], data["mean"], data["std"]) == ((1, 8, 8), (0.3052,), (0.3763,))
+    how = load_card("conv_deq_tiny.digits").input
+    assert (data["input_size"], data["mean"], data["std"]) == (how.shape, how.mean, how.std)
     assert ours.pretrained_cfg["label_names"] == tuple("0123456789")
 
 
