@@ -3,6 +3,8 @@
 from .central_path import CentralPath
 from .interior_point import InteriorPoint
 from .isotonic import project_isotonic
+from .linear_program import linear_program
+from .pdhg import PDHG
 from .projections import project_box, project_l1_ball, project_l2_ball, project_simplex
 from .quadratic import Certificate, Duals, QPSolution, quadratic_program
 from .quadratic_problem import QPSolver
@@ -11,6 +13,7 @@ from .sinkhorn import project_birkhoff, sinkhorn
 from .sorting import project_permutahedron, soft_rank, soft_sort, soft_topk
 
 __all__ = [
+    "PDHG",
     "CentralPath",
     "Certificate",
     "Duals",
@@ -19,6 +22,7 @@ __all__ = [
     "QPSolver",
     "entmax",
     "entmax15",
+    "linear_program",
     "project_birkhoff",
     "project_box",
     "project_isotonic",

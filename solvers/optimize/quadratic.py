@@ -76,7 +76,7 @@ def quadratic_program(
     adjoint: CentralPath | None = None,
     rtol: float = 1e-10,
     atol: float = 0.0,
-    max_steps: int = 100,
+    max_steps: int | None = None,
     throw: bool | str = False,
     start: Solution[Tensor] | None = None,
 ) -> QPSolution:
@@ -101,7 +101,7 @@ def quadratic_program(
         rtol: a sample has converged where the residual of each optimality condition is at most atol + rtol times the
             size of its terms, after scaling. A proved active set leaves residuals of rounding errors, whatever rtol.
         atol: see rtol.
-        max_steps: the largest number of steps.
+        max_steps: the largest number of steps; None takes what suits the solver.
         throw: raise `SolverError` if some sample does not converge; "warn" warns instead.
         start: an earlier solution of a similar programme.
 
@@ -122,15 +122,15 @@ def quadratic_program(
 
 
 def solve_program(
-    inputs: Inputs, solver: QPSolver | None, adjoint: CentralPath | None, rtol: float, atol: float, max_steps: int,
-    start: Solution[Tensor] | None,
+    inputs: Inputs, solver: QPSolver | None, adjoint: CentralPath | None, rtol: float, atol: float,
+    max_steps: int | None, start: Solution[Tensor] | None,
 ) -> QPSolution:  # fmt: skip
     """The solution of checked inputs."""
     solver = InteriorPoint() if solver is None else solver
     require(solver, QPSolver, "solver")
     if adjoint is not None:
         require(adjoint, CentralPath, "adjoint")
-    limits = make_limits(rtol, atol, max_steps)
+    limits = make_limits(rtol, atol, solver.budget if max_steps is None else max_steps)
     with autocast_to(None, inputs.q.device):
         return _solve(inputs, Request(solver, limits, adjoint.barrier if adjoint else 0.0), start)
 

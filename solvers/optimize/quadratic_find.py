@@ -14,7 +14,6 @@ from .central_path import follow_to
 from .infeasible import descent_ray, empty_set
 from .interior_point import InteriorPoint
 from .quadratic_attach import fold, saddle_factor
-from .quadratic_kkt import times
 from .quadratic_problem import Found, Limits, Programme, QPSolver, scaled
 
 CACHED = 200_000
@@ -173,7 +172,7 @@ def _root(Q: Tensor, healthy: Tensor) -> Tensor | None:
     Raises:
         ValueError: a sample's Q has a negative eigenvalue, beyond rounding.
     """
-    if Q.ndim == 2 and not bool(healthy.any()):
+    if not bool((Q != 0).any()) or not bool(healthy.any()):
         return None
     some = healthy if Q.ndim == 3 else healthy.new_ones(1)
     matrix = Q if Q.ndim == 3 else Q.unsqueeze(0)

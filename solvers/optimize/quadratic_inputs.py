@@ -126,6 +126,7 @@ def _prepare(given: dict[str, Tensor | None], names: tuple[str, ...], batch: int
         t = q.new_zeros(0) if t is None else t  # type: ignore[union-attr]
         return t.to(torch.float64).expand(batch, t.shape[-1])
 
+    # Of a linear programme nothing but the shape of Q is used, and that once for all samples.
     full = matrix(Q, n)
     if Q is not None:
         mirrored = full.mT

@@ -173,6 +173,11 @@ class Limits:
 class QPSolver(abc.ABC):
     """The base of methods for quadratic programmes."""
 
+    @property
+    def budget(self) -> int:
+        """Steps where the caller names no number."""
+        return 100
+
     @abc.abstractmethod
     def run(self, problem: Programme, limits: Limits, start: tuple[Tensor, Tensor] | None) -> Found:
         """Solve scaled programmes, from a start x and v; nothing is recorded for differentiation."""
