@@ -74,11 +74,12 @@ class Position(NamedTuple):
         t: the time, float64.
         h: the length of the next step, float64.
         ratio: the last accepted error in units of the tolerance, float64.
-        steady: whether the last attempt was accepted.
-        accepted: steps in this chunk.
+        accepted: steps in this chunk, int64 as all that follow.
         rejected: attempts in this chunk.
         filled: dense outputs in this chunk.
         phase: RUNNING, ARRIVED or TROUBLE.
+        steady: whether the last attempt was accepted.
+        budget: attempts that may be made in this chunk.
         y: the state (batch, n).
         carry: what the method hands from step to step.
         history: what the controller does, float64.
@@ -87,34 +88,35 @@ class Position(NamedTuple):
     t: Tensor
     h: Tensor
     ratio: Tensor
-    steady: Tensor
     accepted: Tensor
     rejected: Tensor
     filled: Tensor
     phase: Tensor
+    steady: Tensor
+    budget: Tensor
     y: Tensor
     carry: tuple[Tensor, ...]
     history: tuple[Tensor, ...]
 
     def flat(self) -> list[Tensor]:
-        """All tensors."""
-        return [*self[:9], *self.carry, *self.history]
+        """In few tensors, each of which costs time in every attempt: numbers, counts, state and carry."""
+        return [torch.stack([*self[:3], *self.history]), torch.stack(self[3:9]), self.y, *self.carry]
 
     @staticmethod
     def of(tensors: Sequence[Tensor], plan: Plan) -> Position:
         """The inverse of `flat`."""
-        parts, rest = tensors[:9], tensors[9 : 9 + plan.carries + plan.memories]
-        return Position._make((*parts, tuple(rest[: plan.carries]), tuple(rest[plan.carries :])))
+        t, h, ratio, *history = tensors[0].unbind()
+        carry = tuple(tensors[3 : 3 + plan.carries])
+        return Position._make((t, h, ratio, *tensors[1].unbind(), tensors[2], carry, tuple(history)))
 
 
 class Setting(NamedTuple):
-    """What stays the same in a chunk; tensors of shape () but for the output times.
+    """What stays the same; tensors of shape () in float64 but for the output times.
 
     Attributes:
-        end: the last time, float64.
-        span: the last time minus the first one, float64.
-        rtol, atol: tolerances, float64.
-        budget: attempts that are left.
+        end: the last time.
+        span: the last time minus the first one.
+        rtol, atol: tolerances.
         inner: output times in between (T - 2,), and infinities at the end of them.
     """
 
@@ -122,49 +124,51 @@ class Setting(NamedTuple):
     span: Tensor
     rtol: Tensor
     atol: Tensor
-    budget: Tensor
     inner: Tensor
+
+    @staticmethod
+    def of(numbers: Tensor) -> Setting:
+        """From a vector of all of them."""
+        return Setting._make((*numbers[:4].unbind(), numbers[4:]))
 
 
 class Chunk(NamedTuple):
     """Memory for the accepted steps, with one more row for what is not to be kept.
 
     Attributes:
-        t: where they start (capacity + 1,), float64.
-        h: how long they are, likewise.
-        slot: which dense output is theirs, likewise, int64; -1 for none.
+        log: where they start, how long they are, and which dense output is theirs, -1 for none; (capacity + 1, 3) in
+            float64.
         y: the states they start from (capacity + 1, batch, n).
         carry: what they are handed, each (capacity + 1, ...).
-        dense: dense outputs (slots + 1, p + 1, batch, n); empty where none are wanted.
+        dense: dense outputs (slots + 1, p + 1, batch, n), or nothing where none are wanted.
     """
 
-    t: Tensor
-    h: Tensor
-    slot: Tensor
+    log: Tensor
     y: Tensor
     carry: tuple[Tensor, ...]
-    dense: Tensor
+    dense: tuple[Tensor, ...]
 
     def flat(self) -> list[Tensor]:
         """All tensors."""
-        return [*self[:4], *self.carry, self.dense]
+        return [self.log, self.y, *self.carry, *self.dense]
 
     @staticmethod
-    def of(tensors: Sequence[Tensor]) -> Chunk:
+    def of(tensors: Sequence[Tensor], plan: Plan) -> Chunk:
         """The inverse of `flat`."""
-        return Chunk._make((*tensors[:4], tuple(tensors[4:-1]), tensors[-1]))
+        last = 2 + plan.carries
+        return Chunk(tensors[0], tensors[1], tuple(tensors[2:last]), tuple(tensors[last : last + (plan.slots > 0)]))
 
 
-def goes_on(plan: Plan, here: Position, setting: Setting) -> Tensor:
+def goes_on(plan: Plan, here: Position) -> Tensor:
     """Whether another attempt is to be made within this chunk."""
     tries = here.accepted + here.rejected
-    return (here.phase == RUNNING) & (here.accepted < plan.capacity) & (tries < setting.budget)
+    return (here.phase == RUNNING) & (here.accepted < plan.capacity) & (tries < here.budget)
 
 
 def attempt(plan: Plan, rhs: Rhs, here: Position, setting: Setting, chunk: Chunk) -> Position:
     """The position after one attempt; none is made, and the position stays, where `goes_on` does not hold."""
     control = plan.controller
-    active = goes_on(plan, here, setting)
+    active, steady = goes_on(plan, here), here.steady > 0
     sign = setting.span.sign()
     left = setting.end - here.t
     lands = left.abs() <= here.h.abs() * (1 + STRETCH)
@@ -177,7 +181,7 @@ def attempt(plan: Plan, rhs: Rhs, here: Position, setting: Setting, chunk: Chunk
         good = (ratio <= 1) | ((h.abs() <= control.min_step) & finite)
         change, following = control.factor(ratio, history, plan.order)
         factor = torch.as_tensor(change)
-        factor = torch.where(here.steady & good, factor, factor.clamp(max=1.0))
+        factor = torch.where(steady & good, factor, factor.clamp(max=1.0))
         grown = h * factor
         wish = torch.where(lands & good, torch.maximum(here.h.abs(), grown.abs()), grown.abs())
         wish = wish.clamp(control.min_step, control.max_step) * sign
@@ -198,11 +202,12 @@ def attempt(plan: Plan, rhs: Rhs, here: Position, setting: Setting, chunk: Chunk
         t=torch.where(keeps, then, here.t),
         h=torch.where(active, wish, here.h),
         ratio=torch.where(keeps, ratio, here.ratio),
-        steady=torch.where(active, good, here.steady),
         accepted=here.accepted + keeps,
         rejected=here.rejected + (active & ~good),
         filled=here.filled + (keeps & wanted),
         phase=torch.where(active, phase, here.phase),
+        steady=torch.where(active, good, steady).long(),
+        budget=here.budget,
         y=torch.where(keeps, step.y, here.y),
         carry=tuple(torch.where(keeps, new, old) for new, old in zip(step.carry, here.carry)),
         history=tuple(
@@ -231,26 +236,22 @@ def _wanted(plan: Plan, t: Tensor, then: Tensor, setting: Setting, sign: Tensor)
 def _write(chunk: Chunk, here: Position, h: Tensor, dense: Tensor | None, wanted: Tensor) -> None:
     """Write an attempt to where the next accepted step belongs; a rejected one is overwritten by the next."""
     row = here.accepted.unsqueeze(0)
-    slot = torch.where(wanted, here.filled, -1)
-    rows = zip((chunk.t, chunk.h, chunk.slot, chunk.y, *chunk.carry), (here.t, h, slot, here.y, *here.carry))
-    for memory, value in rows:
+    entry = torch.stack([here.t, h, torch.where(wanted, here.filled, -1).double()])
+    for memory, value in zip((chunk.log, chunk.y, *chunk.carry), (entry, here.y, *here.carry)):
         memory.index_copy_(0, row, value.unsqueeze(0))
     if dense is not None:
-        chunk.dense.index_copy_(0, here.filled.unsqueeze(0), dense.unsqueeze(0))
+        chunk.dense[0].index_copy_(0, here.filled.unsqueeze(0), dense.unsqueeze(0))
 
 
 def flat_attempt(plan: Plan, rhs: Rhs) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]]]:
-    """The condition and the body of the loop as functions of flat tensors: position, setting, chunk and any others."""
-    width, fixed = 9 + plan.carries + plan.memories, len(Setting._fields)
-    end = width + fixed + 5 + plan.carries
+    """The condition and the body of the loop as functions of flat tensors: position, setting and chunk."""
+    width = 3 + plan.carries
 
     def condition(*tensors: Tensor) -> Tensor:
-        return goes_on(plan, Position.of(tensors, plan), Setting(*tensors[width : width + fixed]))
+        return goes_on(plan, Position.of(tensors, plan))
 
     def body(*tensors: Tensor) -> tuple[Tensor, ...]:
-        setting = Setting(*tensors[width : width + fixed])
-        return tuple(
-            attempt(plan, rhs, Position.of(tensors, plan), setting, Chunk.of(tensors[width + fixed : end])).flat()
-        )
+        here, setting = Position.of(tensors, plan), Setting.of(tensors[width])
+        return tuple(attempt(plan, rhs, here, setting, Chunk.of(tensors[width + 1 :], plan)).flat())
 
     return condition, body

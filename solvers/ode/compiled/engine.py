@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ...transforms import no_derivatives
 from ..problem import Problem
-from .attempt import Chunk, FunctionalRhs, Plan, Position, Setting, flat_attempt
+from .attempt import RUNNING, Chunk, FunctionalRhs, Plan, Position, flat_attempt
 from .fingerprint import Fingerprint
-from .loop import Loop
+from .loop import Loop, is_interpreted
 from .pull import Pullback, Pulled, used
 from .reasons import Unfit
 
@@ -61,13 +61,10 @@ class Engine:
             before = rhs.calls
             self.plan.step(rhs, time, y, torch.zeros_like(time), trial.carry)
             self.evaluations = rhs.calls - before
-            self._dense_shape = () if dense is None else tuple(dense.shape)
+            self._dense_shape = () if dense is None else (slots + 1, *dense.shape)
             here = self.start(y, trial.carry, float(time), 0.0)
-            setting = self.setting(problem, 1)
-            chunk = self.chunk(y, trial.carry)
-            fixed = [*setting, *chunk.flat()]
-            written = range(len(setting), len(fixed) - (0 if slots else 1))
-            self.forward = Loop(flat_attempt(self.plan, rhs), here.flat(), fixed, known, written)
+            fixed = [self.setting(problem), *self.chunk(y, trial.carry).flat()]
+            self.forward = Loop(flat_attempt(self.plan, rhs), here.flat(), fixed, known, range(1, len(fixed)))
         self._backward: dict[Hashable, tuple[Loop, list[bool]] | Unfit] = {}
 
     @staticmethod
@@ -80,37 +77,30 @@ class Engine:
         def number(value: float) -> Tensor:
             return torch.tensor(value, dtype=torch.float64, device=y.device)
 
-        zeros = torch.zeros((4,), dtype=torch.long, device=y.device).unbind()
-        steady = torch.ones((), dtype=torch.bool, device=y.device)
+        counts = torch.tensor([0, 0, 0, RUNNING, True, 0], device=y.device).unbind()
         history = tuple(number(1.0) for _ in range(self.plan.memories))
-        return Position._make((number(t), number(h), number(0.0), steady, *zeros, y, carry, history))
+        return Position._make((number(t), number(h), number(0.0), *counts, y, carry, history))
 
-    def setting(self, problem: Problem, budget: int) -> Setting:
-        """What stays the same."""
+    def setting(self, problem: Problem) -> Tensor:
+        """What stays the same, as a vector."""
         times, tolerance = problem.times.values, problem.tolerance
         numbers = times.new_tensor([tolerance.rtol, tolerance.atol])
         missing = times.new_full((self._inner - (len(times) - 2),), torch.inf) * (times[-1] - times[0]).sign()
-        padded = torch.cat([times[1:-1], missing])
-        left = torch.tensor(budget, device=times.device)
-        return Setting(times[-1].clone(), times[-1] - times[0], numbers[0].clone(), numbers[1].clone(), left, padded)
+        return torch.cat([times[-1:], times[-1:] - times[:1], numbers, times[1:-1], missing])
 
     def chunk(self, y: Tensor, carry: tuple[Tensor, ...]) -> Chunk:
         """New memory."""
         rows = self.plan.capacity + 1
-        numbers = torch.empty((2, rows), dtype=torch.float64, device=y.device)
-        dense = y.new_empty((self.plan.slots + 1, *self._dense_shape) if self.plan.slots else (0,))
         return Chunk(
-            numbers[0].clone(),
-            numbers[1].clone(),
-            torch.empty((rows,), dtype=torch.long, device=y.device),
+            torch.empty((rows, 3), dtype=torch.float64, device=y.device),
             y.new_empty((rows, *y.shape)),
             tuple(part.new_empty((rows, *part.shape)) for part in carry),
-            dense,
+            (y.new_empty(self._dense_shape),) if self.plan.slots else (),
         )
 
-    def dense_bars(self, like: Tensor) -> Tensor:
-        """Zeros for the cotangents of a chunk's dense outputs."""
-        return like.new_zeros((self.plan.slots + 1, *self._dense_shape) if self.plan.slots else (0,))
+    def dense_bars(self, like: Tensor) -> tuple[Tensor, ...]:
+        """Zeros for the cotangents of a chunk's dense outputs, if there are any."""
+        return (like.new_zeros(self._dense_shape),) if self.plan.slots else ()
 
     def backward(
         self,
@@ -152,21 +142,23 @@ class Engine:
         pullback = Pullback(self.plan, rhs, wanted, timed)
         with no_derivatives():
             after = self.end(problem.y0, tuple(part[0] for part in chunk.carry), wanted)
-            fixed = [self.dense_bars(problem.y0), torch.ones_like(after.left), *chunk.flat()]
+            fixed = [*self.dense_bars(problem.y0), *chunk.flat()]
             return Loop(pullback.flat(), after.flat(), fixed, known), reached
 
     def end(self, y_bar: Tensor, carry: tuple[Tensor, ...], shared: Sequence[Tensor]) -> Pulled:
         """The cotangents at the end of a solve."""
-        time = torch.zeros((), dtype=torch.float64, device=y_bar.device)
-        left = torch.ones((), dtype=torch.long, device=y_bar.device)
-        totals = tuple(torch.zeros_like(tensor.detach()) for tensor in shared)
+        zeros = torch.zeros((2,), dtype=torch.float64, device=y_bar.device)
+        counts = torch.ones((2,), dtype=torch.long, device=y_bar.device)
         carry_bars = tuple(part.new_zeros(part.shape) for part in carry)
-        return Pulled(left, time, time.clone(), y_bar.contiguous(), carry_bars, totals)
+        totals = tuple(torch.zeros_like(tensor.detach()) for tensor in shared)
+        return Pulled._make((*counts.unbind(), *zeros.unbind(), y_bar.contiguous(), carry_bars, totals))
 
 
 _lock = threading.RLock()
 _engines: collections.OrderedDict[Hashable, Engine | Unfit] = collections.OrderedDict()
 _disagreed: dict[Hashable, int] = {}
+_restless: set[Hashable] = set()
+_RESTLESS = "evaluating the field changes what it holds, such as a count of its evaluations"
 
 
 def engine_for(problem: Problem, args: tuple[object, ...], seen: Fingerprint) -> tuple[Engine, list[Tensor], Hashable]:
@@ -175,6 +167,8 @@ def engine_for(problem: Problem, args: tuple[object, ...], seen: Fingerprint) ->
     Raises:
         Unfit: there is none.
     """
+    if seen.kind in _restless:
+        raise Unfit(_RESTLESS)
     y, columns = problem.y0, problem.tolerance.columns
     inner = _filled_up(problem.times.count - 2)
     key = (
@@ -190,6 +184,7 @@ def engine_for(problem: Problem, args: tuple[object, ...], seen: Fingerprint) ->
         torch.get_default_dtype(),
         torch.get_num_threads(),
         torch.get_float32_matmul_precision(),
+        is_interpreted(),
     )
     known = [*seen.tensors, *([] if columns is None else [columns])]
     with _lock:
@@ -204,6 +199,9 @@ def engine_for(problem: Problem, args: tuple[object, ...], seen: Fingerprint) ->
                 made = Engine(problem, args, known, inner)
             except Unfit as reason:
                 made = reason
+            if Fingerprint(problem.rhs.field, args).key != seen.key:
+                _restless.add(seen.kind)
+                raise Unfit(_RESTLESS)
             _engines[key] = made
             while len(_engines) > _MOST:
                 _engines.popitem(last=False)

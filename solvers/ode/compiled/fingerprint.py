@@ -28,6 +28,7 @@ class Fingerprint:
     cannot see, such as the state of an object of another language, it takes for the same if the object is.
 
     Attributes:
+        kind: the first thing's code alone.
         key: hashable; of tensors it knows type, layout and whether they require a gradient.
         tensors: in the order of the walk, each once.
     """
@@ -45,6 +46,7 @@ class Fingerprint:
         self._parts: list[Any] = []
         for thing in things:
             self._visit(thing)
+        self.kind: Hashable = _kind(things[0])
         self.key: Hashable = tuple(self._parts)
 
     def _visit(self, thing: Any) -> None:
@@ -152,6 +154,14 @@ class _Same:
 
     def __hash__(self) -> int:
         return id(self.thing)
+
+
+def _kind(thing: Any) -> Hashable:
+    """The code of a function, the class of another object."""
+    while isinstance(thing, functools.partial):
+        thing = thing.func
+    code: Hashable = getattr(thing, "__code__", None)
+    return code or _Same(type(thing))
 
 
 def _of_library(thing: Any) -> bool:

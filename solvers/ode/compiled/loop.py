@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +16,23 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from .reasons import Unfit
 from .trace import Traced, first_line, trace
+
+_interpreted = contextvars.ContextVar("interpreted", default=False)
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Loops that are made inside are not compiled: their graphs run one operation after another."""
+    token = _interpreted.set(True)
+    try:
+        yield
+    finally:
+        _interpreted.reset(token)
+
+
+def is_interpreted() -> bool:
+    """Whether loops are not compiled."""
+    return _interpreted.get()
 
 
 class Loop:
@@ -48,7 +67,7 @@ class Loop:
 
         inputs = [*carried, *fixed, *self._further(known)]
         program = _program(trace(test, inputs, ()), traced, len(carried), len(inputs), written)
-        self._run = _compiled(program, inputs)
+        self._run = program if is_interpreted() else _compiled(program, inputs)
 
     def __call__(self, carried: Sequence[Tensor], fixed: Sequence[Tensor], known: Sequence[Tensor]) -> list[Tensor]:
         """The carried tensors when the condition holds no more."""

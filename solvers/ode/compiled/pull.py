@@ -18,6 +18,7 @@ class Pulled(NamedTuple):
 
     Attributes:
         left: how many steps of this chunk are to come.
+        last: which number of `left` is that of the solve's last step; 0 if it lies in another chunk.
         t: of a shift of all times so far, float64 of shape ().
         h: of the length of the last step, likewise.
         y: of the state (batch, n).
@@ -26,6 +27,7 @@ class Pulled(NamedTuple):
     """
 
     left: Tensor
+    last: Tensor
     t: Tensor
     h: Tensor
     y: Tensor
@@ -33,14 +35,15 @@ class Pulled(NamedTuple):
     shared: tuple[Tensor, ...]
 
     def flat(self) -> list[Tensor]:
-        """All tensors."""
-        return [*self[:4], *self.carry, *self.shared]
+        """In few tensors: counts, times, state, carry and the shared ones."""
+        return [torch.stack(self[:2]), torch.stack(self[2:4]), self.y, *self.carry, *self.shared]
 
     @staticmethod
     def of(tensors: Sequence[Tensor], plan: Plan, shared: int) -> Pulled:
         """The inverse of `flat`."""
-        middle = 4 + plan.carries
-        return Pulled._make((*tensors[:4], tuple(tensors[4:middle]), tuple(tensors[middle : middle + shared])))
+        middle = 3 + plan.carries
+        rest = tuple(tensors[3:middle]), tuple(tensors[middle : middle + shared])
+        return Pulled._make((*tensors[0].unbind(), *tensors[1].unbind(), tensors[2], *rest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +62,17 @@ class Pullback:
     shared: tuple[Tensor, ...]
     timed: bool
 
-    def step(self, after: Pulled, chunk: Chunk, dense_bars: Tensor, last: Tensor) -> Pulled:
+    def step(self, after: Pulled, chunk: Chunk, dense_bars: Sequence[Tensor]) -> Pulled:
         """The cotangents before a step from those after it.
 
         Args:
             after: the latter.
             chunk: with the step in row `after.left - 1`.
-            dense_bars: cotangents (slots + 1, p + 1, batch, n) of dense outputs, the last ones zero.
-            last: which number of `left` is that of the solve's last step; 0 if it lies in another chunk.
+            dense_bars: cotangents (slots + 1, p + 1, batch, n) of dense outputs, the last ones zero; if there are any.
         """
         plan, row = self.plan, (after.left - 1).unsqueeze(0)
-        t, h, slot, y, *carry = (x.index_select(0, row).squeeze(0) for x in [*chunk[:4], *chunk.carry])
+        entry, y, *carry = (x.index_select(0, row).squeeze(0) for x in [chunk.log, chunk.y, *chunk.carry])
+        t, h, slot = entry.unbind()
         with torch.enable_grad():
             y = y.detach().requires_grad_()
             carry = [part.detach().requires_grad_() for part in carry]
@@ -77,8 +80,8 @@ class Pullback:
             step, dense = plan.step(self.rhs, times[0], y, times[1], tuple(carry))
             pairs = list(zip((step.y, *step.carry), (after.y, *after.carry)))
             if dense is not None:
-                index = torch.where(slot < 0, len(dense_bars) - 1, slot).unsqueeze(0)
-                pairs.append((dense, dense_bars.index_select(0, index).squeeze(0)))
+                index = torch.where(slot < 0, len(dense_bars[0]) - 1, slot.long()).unsqueeze(0)
+                pairs.append((dense, dense_bars[0].index_select(0, index).squeeze(0)))
             pairs = [(x, bar) for x, bar in pairs if x.requires_grad]
             wanted = [y, *carry, *(times if self.timed else []), *self.shared]
             found = torch.autograd.grad(
@@ -86,12 +89,13 @@ class Pullback:
             )
         y_bar, rest = found[0], found[1:]
         carry_bars, rest = rest[: plan.carries], rest[plan.carries :]
-        t_bar, h_bar = after.t.clone(), after.h.clone()
+        t_bar, h_bar = after.t, after.h
         if self.timed:
-            t_bar, h_bar = t_bar + rest[0], torch.where(after.left == last, rest[1], h_bar)
+            t_bar, h_bar = t_bar + rest[0], torch.where(after.left == after.last, rest[1], h_bar)
             rest = rest[2:]
         return Pulled(
             left=after.left - 1,
+            last=after.last,
             t=t_bar,
             h=h_bar,
             # What merely passes through must not be the same tensor.
@@ -103,18 +107,17 @@ class Pullback:
     def flat(self) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]]]:
         """The condition and the body of the loop as functions of flat tensors.
 
-        These are the cotangents, then those of dense outputs, the number of the last step, and the chunk.
+        These are the cotangents, then those of dense outputs if there are any, and the chunk.
         """
-        width = 4 + self.plan.carries + len(self.shared)
-        end = width + 2 + 5 + self.plan.carries
+        width, dense = 3 + self.plan.carries + len(self.shared), self.plan.slots > 0
 
         def condition(*tensors: Tensor) -> Tensor:
-            return tensors[0] > 0
+            return tensors[0][0] > 0
 
         def body(*tensors: Tensor) -> tuple[Tensor, ...]:
             after = Pulled.of(tensors, self.plan, len(self.shared))
-            chunk = Chunk.of(tensors[width + 2 : end])
-            return tuple(self.step(after, chunk, tensors[width], tensors[width + 1]).flat())
+            chunk = Chunk.of(tensors[width + dense :], self.plan)
+            return tuple(self.step(after, chunk, tensors[width : width + dense]).flat())
 
         return condition, body
 
@@ -123,7 +126,7 @@ def used(rhs: Rhs, t: Tensor, y: Tensor, shared: Sequence[Tensor]) -> list[bool]
     """Which of `shared` the field's derivative reaches."""
     with torch.enable_grad():
         out = rhs(t.detach(), y.detach().requires_grad_())
-        if not out.requires_grad:
+        if not (shared and out.requires_grad):
             return [False] * len(shared)
         found = torch.autograd.grad(out.sum(), list(shared), allow_unused=True)
     return [bar is not None for bar in found]

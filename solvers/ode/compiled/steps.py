@@ -52,22 +52,21 @@ class CompiledSteps:
             problem.y0.contiguous(), first[: engine.plan.carries], start, self._first_step(start, first)
         )
         chunk: Chunk | None = None
+        setting, zero = engine.setting(problem), torch.zeros_like(here.accepted)
         while True:
             if chunk is None or self.keep:
                 chunk = engine.chunk(here.y, here.carry)
-            left = problem.max_steps - self.accepted - self.rejected
-            setting = engine.setting(problem, left)
-            here = Position.of(engine.forward(here.flat(), [*setting, *chunk.flat()], self.known), engine.plan)
-            numbers = torch.stack([part.double() for part in here[:8]]).tolist()
-            t, h, ratio, _, count, rejected, filled, phase = numbers
+            budget = torch.full_like(zero, problem.max_steps - self.accepted - self.rejected)
+            here = here._replace(accepted=zero, rejected=zero, filled=zero, budget=budget)
+            here = Position.of(engine.forward(here.flat(), [setting, *chunk.flat()], self.known), engine.plan)
+            t, h, ratio, *counts = torch.stack([*here[:3], *(part.double() for part in here[3:7])]).tolist()
+            accepted, rejected, filled, phase = map(int, counts)
             if phase == TROUBLE:
                 raise Trouble
-            self._note(chunk, int(count), int(filled), phase == ARRIVED)
-            self.accepted, self.rejected = self.accepted + int(count), self.rejected + int(rejected)
+            self._note(chunk, accepted, filled, phase == ARRIVED)
+            self.accepted, self.rejected = self.accepted + accepted, self.rejected + rejected
             if phase == ARRIVED or self.accepted + self.rejected >= problem.max_steps:
                 break
-            zero = torch.zeros_like(here.accepted)
-            here = here._replace(accepted=zero, rejected=zero, filled=zero)
         self.here = here
         return self._report(here.y, phase == ARRIVED, t, h, ratio)
 
@@ -84,16 +83,15 @@ class CompiledSteps:
         if not self.keep:
             self.chunks.clear()
         self.chunks.append((chunk, count, filled))
-        rows = torch.stack([chunk.t[:count], chunk.h[:count], chunk.slot[:count].double()]).tolist()
         before = len(self.steps)
-        for t, h, slot in zip(*rows):
+        for t, h, slot in chunk.log[:count].tolist():
             if slot >= 0:
                 self.picks.append(len(self.steps))
             self.steps.append(Taken(t, h, FREE, True, not self.steps, slot >= 0))
         if arrived:
             self.steps[-1] = self.steps[-1]._replace(lands=END)
         if filled:
-            dense = chunk.dense[:filled]
+            dense = chunk.dense[0][:filled]
             self.dense.append(dense if self.keep or (arrived and not before) else dense.clone())
 
     def _places(self, t: float) -> Tensor:
@@ -145,7 +143,7 @@ class CompiledSteps:
         else:
             row = count - 1
             rhs = FunctionalRhs(problem.rhs.field, problem.rhs.args, problem.rhs.spec, problem.rhs.batch)
-            step, _ = self.engine.plan.step(rhs, chunk.t[row], chunk.y[row], chunk.h[row], ())
+            step, _ = self.engine.plan.step(rhs, chunk.log[row, 0], chunk.y[row], chunk.log[row, 1], ())
             found, expected = here.y, step.y
         slack = torch.finfo(found.dtype).eps ** 0.5
         size = expected.abs().max()

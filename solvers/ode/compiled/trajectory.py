@@ -71,10 +71,9 @@ class CompiledTrajectory(Adjoint):
 
 def warn(reason: str) -> None:
     """Say why a solve is not compiled, at the line that called the library."""
-    frame, depth = sys._getframe(1), 1
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(
-        __name__.split(".solvers")[0] + ".solvers"
-    ):
+    inside = (__name__.split(".solvers")[0] + ".solvers", "torch.")
+    frame, depth = sys._getframe(1), 2
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(inside):
         frame, depth = frame.f_back, depth + 1  # type: ignore[assignment]
     warnings.warn(f"solve_ode runs without compilation: {reason}.", CompileWarning, stacklevel=depth)
 
@@ -151,14 +150,14 @@ class _CompiledSolve(Solve):
         for number, (chunk, rows, filled) in reversed(list(enumerate(steps.chunks))):
             if not rows:
                 continue
-            dense_bars, picked = engine.dense_bars(y_bar), picked - filled
+            picked -= filled
+            dense_bars = engine.dense_bars(y_bar)
             if filled and dense_bar is not None:
-                dense_bars[:filled] = dense_bar[picked : picked + filled]
-            after = after._replace(left=torch.full_like(after.left, rows))
-            last = torch.full_like(after.left, rows if number + 1 == len(steps.chunks) else 0)
-            after = Pulled.of(
-                loop(after.flat(), [dense_bars, last, *chunk.flat()], steps.known), engine.plan, len(wanted)
-            )
+                dense_bars[0][:filled] = dense_bar[picked : picked + filled]
+            last = rows if number + 1 == len(steps.chunks) else 0
+            after = after._replace(left=torch.full_like(after.left, rows), last=torch.full_like(after.last, last))
+            tensors = loop(after.flat(), [*dense_bars, *chunk.flat()], steps.known)
+            after = Pulled.of(tensors, engine.plan, len(wanted))
         bars = iter(after.shared)
         sums = Sums(self.shared, self.externals, evaluations=count * engine.evaluations)
         sums.add([next(bars) if there else None for there in reached])
