@@ -33,7 +33,7 @@ def sparsemax(
         TypeError: integer scores.
         IndexError: `scores` has no dimension `dim`.
 
-    Source: Martins and Astudillo 2016, equation 2 and proposition 2 (its Jacobian).
+    Source: Martins and Astudillo 2016, equation 2 and section 2.5 (its Jacobian).
     """
     return _finish(Sparsemax.apply(_prepare(scores, dim, mask, "sparsemax")), scores, dim)
 
@@ -88,7 +88,7 @@ def entmax(
         TypeError: integer scores.
         IndexError: `scores` has no dimension `dim`.
 
-    Source: Peters, Niculae and Martins 2019, equation 8; Correia, Niculae and Martins 2019, proposition 1 (the
+    Source: Peters, Niculae and Martins 2019, section 3; Correia, Niculae and Martins 2019, proposition 1 (the
     gradient towards alpha).
     """
     if not isinstance(alpha, Tensor):

@@ -36,7 +36,7 @@ def soft_sort(
     Raises:
         ValueError: `temperature` is not positive and finite, or does not fit.
 
-    Source: Blondel, Teboul, Berthet and Djolonga 2020, equation 5 with the quadratic regularisation.
+    Source: Blondel, Teboul, Berthet and Djolonga 2020, with the quadratic regularisation.
     """
     x = _prepare(values, dim, "soft_sort")
     heat = _temperature(temperature, values, dim, "soft_sort").to(x.dtype)
@@ -72,7 +72,7 @@ def soft_rank(
     Raises:
         ValueError: `temperature` is not positive and finite, or does not fit.
 
-    Source: Blondel, Teboul, Berthet and Djolonga 2020, equation 6 with the quadratic regularisation.
+    Source: Blondel, Teboul, Berthet and Djolonga 2020, with the quadratic regularisation.
     """
     x = _prepare(values, dim, "soft_rank")
     heat = _temperature(temperature, values, dim, "soft_rank").to(x.dtype)
@@ -102,7 +102,7 @@ def soft_topk(
     Raises:
         ValueError: `k` is not in that range; `temperature` is not positive and finite, or does not fit.
 
-    Source: Blondel, Teboul, Berthet and Djolonga 2020, proposition 1, on the permutahedron of k ones.
+    Source: Blondel, Teboul, Berthet and Djolonga 2020, on the permutahedron of k ones.
     """
     x = _prepare(values, dim, "soft_topk")
     n = x.shape[-1]
@@ -130,7 +130,7 @@ def project_permutahedron(
     Raises:
         ValueError: `vertex` does not fit.
 
-    Source: Blondel, Teboul, Berthet and Djolonga 2020, proposition 3.
+    Source: Blondel, Teboul, Berthet and Djolonga 2020 (the reduction to isotonic regression).
     """
     x = _prepare(points, dim, "project_permutahedron")
     try:
