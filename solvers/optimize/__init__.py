@@ -4,6 +4,8 @@ from .central_path import CentralPath
 from .interior_point import InteriorPoint
 from .isotonic import project_isotonic
 from .linear_program import linear_program
+from .minimize import Minimum, minimize
+from .minimize_methods import LBFGS, GradientDescent, Minimizer, NewtonCG
 from .pdhg import PDHG
 from .projections import project_box, project_l1_ball, project_l2_ball, project_simplex
 from .quadratic import Certificate, Duals, QPSolution, quadratic_program
@@ -13,16 +15,22 @@ from .sinkhorn import project_birkhoff, sinkhorn
 from .sorting import project_permutahedron, soft_rank, soft_sort, soft_topk
 
 __all__ = [
+    "LBFGS",
     "PDHG",
     "CentralPath",
     "Certificate",
     "Duals",
+    "GradientDescent",
     "InteriorPoint",
+    "Minimizer",
+    "Minimum",
+    "NewtonCG",
     "QPSolution",
     "QPSolver",
     "entmax",
     "entmax15",
     "linear_program",
+    "minimize",
     "project_birkhoff",
     "project_box",
     "project_isotonic",

@@ -41,9 +41,9 @@ def linear_program(
     """Minimise c'x subject to Gx <= h and Ax = b, for every sample of a batch, differentiably.
 
     The variables are free: bounds are rows of G. The optimum is a vertex, which moves with G, h, A and b, and these
-    derivatives are exact. It does not move with c, until it jumps: asking `value` for a gradient towards c raises, since
-    it would be zero. Ask for `CentralPath(barrier)` by name, which smooths the programme. The derivatives of `objective`
-    and of `duals` are exact in all arguments, c included: d(objective)/dc = x, d(objective)/dh = -duals.inequality.
+    derivatives are exact. It does not move with c, until it jumps: asking `value` for a gradient towards c raises,
+    since it would be zero. Ask for `CentralPath(barrier)` by name, which smooths the programme. The derivatives of
+    `objective` and of `duals` are exact in all arguments: d(objective)/dc = x, d(objective)/dh = -duals.inequality.
 
     With a sparse G or A, which all samples share, the method is `PDHG`. Up to 1024 variables and rows together the
     vertex that it finds is then solved for exactly, and everything is differentiable. Above that nothing is factorised,
