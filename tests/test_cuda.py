@@ -88,3 +88,34 @@ def test_linear_systems_and_trajectories_stay_on_the_device():
     )
     solution.value[-1].sum().backward()
     assert y0.grad is not None and y0.grad.device == y0.device
+
+
+def _maps():
+    from restpoint import solvers
+
+    return {
+        "sparsemax": solvers.sparsemax,
+        "entmax15": solvers.entmax15,
+        "entmax": lambda x: solvers.entmax(x, 1.3, 0),
+        "project_l1_ball": solvers.project_l1_ball,
+        "project_l2_ball": solvers.project_l2_ball,
+        "project_isotonic": solvers.project_isotonic,
+        "soft_sort": solvers.soft_sort,
+        "soft_rank": solvers.soft_rank,
+        "sinkhorn": lambda x: solvers.sinkhorn(x).value,
+        "project_birkhoff": lambda x: solvers.project_birkhoff(x).value,
+    }
+
+
+@pytest.mark.parametrize("name", _maps())
+def test_simplex_maps_and_projections_are_those_of_the_cpu(name):
+    x = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = []
+    for device in ("cpu", "cuda"):
+        leaf = x.to(device).requires_grad_()
+        value = _maps()[name](leaf)
+        (gradient,) = torch.autograd.grad(value.pow(3).sum(), leaf)
+        assert value.device == leaf.device
+        found.append((value.detach().cpu(), gradient.cpu()))
+    for here, there in zip(*found, strict=True):
+        torch.testing.assert_close(here, there, rtol=1e-10, atol=1e-12)
