@@ -17,7 +17,7 @@ from torch import Tensor
 
 from restpoint.solvers import entmax, entmax15, sparsemax
 
-SIZES = ((1024, 256), (8192, 64), (32768, 16))
+SIZES = ((1024, 256), (8192, 64), (32768, 16), (512, 4096), (64, 32000))
 TOP = 100
 
 Map = Callable[[Tensor], Tensor]
