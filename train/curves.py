@@ -21,12 +21,12 @@ class Curves:
 
     Args:
         folder: where they go.
-        step: points at and after it, which an interrupted run may have left, are hidden.
+        step: that the run goes on from; points after it, which an interrupted run may have left, are hidden.
         active: False writes nothing, for all processes but the first.
     """
 
     def __init__(self, folder: Path, step: int, active: bool = True) -> None:
-        self._writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=step) if active else None
+        self._writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=step + 1) if active else None
 
     def scalars(self, group: str, values: dict[str, float], step: int) -> None:
         """A point on each of the curves `group`/name."""

@@ -120,7 +120,7 @@ class Parallel:
 
 @contextlib.contextmanager
 def joined(device: str, strategy: str) -> Iterator[Parallel]:
-    """Join the other processes where torchrun started several; leave them at the end.
+    """Join the other processes where torchrun started several; leave them at the end if the caller had not joined.
 
     Raises:
         TrainingError: the strategy is unknown.
@@ -135,14 +135,16 @@ def joined(device: str, strategy: str) -> Iterator[Parallel]:
     if place.type == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(place)
-    # While the first process evaluates, the others wait: torchrun notices a process that died, not the timeout.
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1)
-    )
+    ours = not dist.is_initialized()
+    if ours:
+        # While the first process evaluates, the others wait: torchrun notices a process that died, not the timeout.
+        backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     try:
         yield Parallel(dist.get_rank(), dist.get_world_size(), place, strategy)
     finally:
-        dist.destroy_process_group()
+        if ours:
+            dist.destroy_process_group()
 
 
 def plain(value: Tensor) -> Tensor:

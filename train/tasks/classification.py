@@ -10,10 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...solvers import Solution
+from ...solvers.diagnose import jacobian_penalty, spectral_radius
 from ...solvers.options import options
 from ..data.batches import Batch
 from ..regularise import growth_penalty
 from .task import Outcome, Task
+
+# Images and products that a look at the spectral radius is worth.
+LOOKED_AT, POWERS = 8, 40
 
 
 @options
@@ -28,7 +32,9 @@ class ImageClassification(Task):
         growth_weight: weight of the penalty on the Jacobian's growth; 0 for none.
         growth_limit: growth a step, below which nothing is penalised.
         growth_powers: products with the transposed Jacobian before the growth is measured.
-        growth_every: the penalty is applied at every so many steps, with so many times its weight.
+        growth_every: the penalties are applied at every so many steps, with so many times their weight.
+        jacobian_weight: weight of the estimated mean squared entry |J|_F^2 / n of the Jacobian at the rest point, which
+            bounds no single direction but all together, as Bai et al. regularise; 0 for none.
         correction: weight of the cross-entropy of each intermediate state that the model's `supervise` returns.
     """
 
@@ -37,6 +43,7 @@ class ImageClassification(Task):
     growth_limit: float = 0.3
     growth_powers: int = 3
     growth_every: int = 1
+    jacobian_weight: float = 0.0
     correction: float = 0.0
 
     kind = "image-classification"
@@ -62,6 +69,10 @@ class ImageClassification(Task):
             penalty, growth = growth_penalty(problem, solution.value, self.growth_limit, self.growth_powers)
             loss = loss + self.growth_weight * self.growth_every * penalty
             metrics["growth"] = growth
+        if self.jacobian_weight and step % self.growth_every == 0:
+            squares = jacobian_penalty(problem.f, solution.value.detach(), problem.args).mean()
+            loss = loss + self.jacobian_weight * self.growth_every * squares
+            metrics["jacobian"] = float(squares.detach())
         return Outcome(loss, metrics, [solution])
 
     def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
@@ -92,6 +103,24 @@ class ImageClassification(Task):
         result = {"accuracy": hits / count, "cross_entropy": entropy / count}
         return {**result, **_solve_statistics(solutions)} if solutions else result
 
+    def diagnose(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+        """For equilibrium models the spectral radius of the cell at the rest points of the batch's first images.
+
+        Returns:
+            spectral_radius and spectral_radius_max: its mean and largest value. Below 1 a rest point attracts.
+        """
+        if not _is_equilibrium(model):
+            return {}
+        was_training = model.training
+        model.eval()  # dropout would draw
+        with torch.no_grad():
+            problem = model.problem(batch[0][:LOOKED_AT])  # type: ignore[operator]
+            state = model.solve_problem(problem).value  # type: ignore[operator]
+        generator = torch.Generator(batch[0].device).manual_seed(0)
+        radius = spectral_radius(problem.f, state, problem.args, steps=POWERS, generator=generator)
+        model.train(was_training)
+        return {"spectral_radius": float(radius.mean()), "spectral_radius_max": float(radius.max())}
+
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
@@ -101,6 +130,7 @@ def _is_equilibrium(model: nn.Module) -> bool:
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    labels = labels.argmax(dim=1) if labels.ndim == 2 else labels  # mixed images have shares of classes
     return float((logits.detach().argmax(dim=1) == labels).float().mean())
 
 

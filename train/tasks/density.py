@@ -14,6 +14,8 @@ from ...solvers.options import options
 from ..data.density import Points
 from .task import Outcome, Task
 
+PIXELS = 96
+
 
 @options
 class DensityEstimation(Task):
@@ -55,6 +57,18 @@ class DensityEstimation(Task):
             loss = loss + self.kinetic * kinetic + self.jacobian * jacobian
         return Outcome(loss, metrics, [carried.solution])
 
+    def pictures(self, model: nn.Module) -> dict[str, Tensor]:
+        """For continuous flows in the plane: how many of 4,096 samples fall on each pixel of [-5, 5]^2."""
+        if not (isinstance(model, ContinuousFlow) and model.shape == (2,)):
+            return {}
+        with torch.no_grad(), torch.random.fork_rng(devices=_devices(model)):
+            torch.manual_seed(0)
+            samples = model.sample(4096).cpu().double()
+        counts = torch.histogramdd(samples, [PIXELS, PIXELS], range=[-5.0, 5.0, -5.0, 5.0]).hist
+        # Rows go down in a picture, and y goes up.
+        picture = (counts / counts.max().clamp_min(1)).sqrt().T.flip(0).float()
+        return {"samples": picture.unsqueeze(0)}
+
     def evaluate(self, model: nn.Module, batches: Iterable[Points]) -> dict[str, float]:
         """Likelihood of points whose true density is known.
 
@@ -88,3 +102,7 @@ class DensityEstimation(Task):
             "divergence_error": float(gap.std()) / math.sqrt(len(gap)),
         }
         return {**result, "evaluations": float(torch.cat(evaluations).mean())} if evaluations else result
+
+
+def _devices(model: nn.Module) -> list[torch.device]:
+    return list({p.device for p in model.parameters() if p.device.type == "cuda"})

@@ -1,0 +1,89 @@
+"""Two processes are one: the same losses, checkpoints that either can go on from."""
+
+import importlib.util
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from restpoint.train import Interrupted, train
+from restpoint.train.checkpoint import read_tree
+from restpoint.train.data import Affine, load_data
+from restpoint.train.data.batches import Batches
+from restpoint.train.tasks import ImageClassification
+
+SCRIPT = Path(__file__).parent / "together.py"
+WEIGHTS = "conv_deq_tiny.digits.safetensors"
+
+
+def module():
+    spec = importlib.util.spec_from_file_location("together", SCRIPT)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def losses(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {point.step: point.value for point in events.Scalars("train/loss")}
+
+
+SENT = []
+
+
+class StopsAtFive(ImageClassification):
+    def losses(self, model, batch, step):
+        if step == 5 and not SENT:
+            SENT.append(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().losses(model, batch, step)
+
+
+def test_the_parts_of_all_processes_are_the_batch_of_one():
+    data = load_data("digits").train
+    batches = Batches(data, (0.5,), (0.5,), 31, shuffle=True, augment=Affine(rotate=20, shift=1), seed=3)
+    whole = list(batches.epoch(2, start=30))
+    parts = [list(batches.epoch(2, start=30, rank=rank, world=3)) for rank in range(3)]
+    for images, labels in whole:
+        pieces = [part.pop(0) for part in parts]
+        # The same pixels up to how a sum over four neighbours is ordered.
+        torch.testing.assert_close(torch.cat([piece[0] for piece in pieces]), images)
+        assert torch.cat([piece[1] for piece in pieces]).equal(labels)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_and_go_on_where_the_other_stopped(tmp_path, caplog):
+    config = module().config
+    train(config(tmp_path / "one"))
+    with pytest.raises(Interrupted):
+        train(config(tmp_path / "begun_by_one", task=StopsAtFive()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-5000:]
+
+    expected, weights = losses(tmp_path / "one"), safetensors.torch.load_file(tmp_path / "one" / WEIGHTS)
+    assert len(expected) == 8
+    for name in ("ddp", "fsdp", "begun_by_one"):
+        found = losses(tmp_path / name)
+        # Sums in float32 in another order, over eight steps.
+        assert found == pytest.approx(expected, rel=1e-4), name
+        for key, value in safetensors.torch.load_file(tmp_path / name / WEIGHTS).items():
+            torch.testing.assert_close(value, weights[key], rtol=1e-3, atol=1e-4)
+
+    # One process goes on from what two had sharded, and knows what only the other of them met.
+    saved = read_tree(tmp_path / "interrupted" / "checkpoint.safetensors")
+    assert (saved["step"], saved["skipped"], len(saved["random"])) == (6, 1, 2)
+    assert (tmp_path / "interrupted" / "broken" / "step_1_process_1.safetensors").exists()
+    with caplog.at_level(logging.INFO):
+        metrics = train(config(tmp_path / "interrupted", resume=True))
+    assert "resumed at epoch 2, step 6" in caplog.text
+    assert metrics["converged"] > 0
