@@ -21,23 +21,23 @@ WAVELENGTH = 10_000.0
 
 
 class TokenCell(nn.Module):
-    """f(z, x) = norm(blocks(z) + x): any blocks of tokens as the cell of an equilibrium model.
+    """f(z, x) = norm(blocks(z) - z + x): residual blocks of tokens as the cell of an equilibrium model.
 
-    With blocks(z) = z + h(z), as residual blocks are, f needs both of what it adds. Without the injection x a rest
-    point of blocks(z) is a zero of h, the same for every image. Without the norm around the sum, z + h(z) + x = z
-    asks that h(z) = -x, which need not have a solution. With both, every image of f lies in one ball, so that by
-    Brouwer's theorem there is a rest point, and on that ball dot-product attention is Lipschitz, which it is not on
-    the whole space. It is found quickly where f contracts: the norm divides u = z + h(z) + x by r = rms(u), so that
-    the Jacobian is P (I + h') / r with a projection P; where h is small, u = r z and z has the size 1, hence x = (r -
-    1) z, and r = 1 + rms(x). An injection of size `gain` thus makes the start a contraction by about 1 / (1 + gain),
-    as long as the blocks begin with small branches (timm's `init_values`).
+    Residual blocks are blocks(z) = z + h(z). A rest point of them alone is a zero of h, the same for every image, if
+    there is one at all: hence the injection x, and a norm around the sum. With these every image of f lies in one
+    ball, so that by Brouwer's theorem there is a rest point, and on that ball dot-product attention is Lipschitz,
+    which it is not on the whole space. The skip connection is taken out again, for a rest point has no long path that
+    it would shorten: with it the Jacobian is P (I + h') / r, with a projection P and r the size (the root mean
+    square) of what is normalised, and without it P h' / r, which leaves h more room. Where h is small, r is the size
+    of x, so that f begins as a contraction by |h'| / `gain`, which timm's `init_values` makes as small as one likes.
+    That it stays one is what training with a penalty on the Jacobian's growth is for.
 
     Args:
         blocks: maps tokens (batch, tokens, channels) to the same shape.
         channels: of the state and of the injection.
 
-    Source: Bai, Kolter and Koltun 2019, section 3 (injection into every iteration, normalisation after the residual
-    sum); Kim, Papamakarios and Mnih 2021 (where attention is Lipschitz).
+    Source: Bai, Kolter and Koltun 2019, section 3 (injection into every iteration, normalisation of the sum); Kim,
+    Papamakarios and Mnih 2021 (where attention is Lipschitz).
     """
 
     def __init__(self, blocks: nn.Module, channels: int) -> None:
@@ -49,8 +49,9 @@ class TokenCell(nn.Module):
         self, z: Float[Tensor, "batch channels height width"], x: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch channels height width"]:
         """f(z, x); the pixels of a map are its tokens."""
-        tokens = self.blocks(z.flatten(2).transpose(1, 2)) + x.flatten(2).transpose(1, 2)
-        return self.norm(tokens).transpose(1, 2).unflatten(2, z.shape[2:])
+        tokens = z.flatten(2).transpose(1, 2)
+        added = self.blocks(tokens) - tokens
+        return self.norm(added + x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, z.shape[2:])
 
 
 class AddPosition(nn.Module):
@@ -115,8 +116,8 @@ class DEQViT(PooledClassifier):
         patch: int = 4,
         depth: int = 1,
         mlp_ratio: float = 4.0,
-        layer_scale: float = 0.1,
-        gain: float = 2.0,
+        layer_scale: float = 0.3,
+        gain: float = 1.0,
         solver: FixedPointSolver | None = None,
         adjoint: AnyAdjoint | None = None,
         rtol: float = 1e-4,
