@@ -54,6 +54,7 @@ class LinearChain(Structured):
     """
 
     _names = ("potentials", "unary")
+    _squared = (1,)
 
     def __init__(
         self,

@@ -39,6 +39,8 @@ class Structured(abc.ABC):
     _parts: Parts
     _names: tuple[str, ...]
     _has_mask: bool = False
+    # The parts that other regularisers than the entropy see; the rest follow from them.
+    _squared: tuple[int, ...] = (0,)
     lengths: Tensor | None
 
     @abc.abstractmethod

@@ -1,0 +1,149 @@
+"""SparseMAP: marginals that are a mixture of few structures."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..solution import Solution, Stats, Status
+from ..transforms import inside_vmap, no_derivatives, plain
+from .active_structures import ActiveStructures
+from .distribution import Parts, Structured
+from .elimination import Assignments
+from .graph import FactorGraph
+
+
+@dataclasses.dataclass
+class SparseMarginals:
+    """A mixture of few structures.
+
+    Attributes:
+        marginals: of every part, in the layout of the distribution's own marginals; differentiable.
+        structures: those of the mixture, stacked in front: (support, batch, ...). Where a weight is zero they mean
+            nothing.
+        weights: of the structures, (support, batch); not negative, and one in sum over the support; differentiable.
+        objective: what is maximised, (batch,); its derivative by the potentials is the marginals.
+        solution: status, steps and residual (the duality gap, relative to the scores) of every sample.
+    """
+
+    marginals: Any
+    structures: Any
+    weights: Float[Tensor, "support batch"]
+    objective: Float[Tensor, " batch"]
+    solution: Solution[Any] = dataclasses.field(repr=False)
+
+    @property
+    def converged(self) -> Tensor:
+        """Boolean mask (batch,)."""
+        return self.solution.converged
+
+
+def sparse_map(
+    distribution: Structured | FactorGraph, *, max_steps: int = 500, throw: bool | str = "warn"
+) -> SparseMarginals:
+    """The structured relative of sparsemax: marginals that are zero for all but a few structures.
+
+    Between the most probable structure and the marginals of all: the maximum of <potentials, mu> - |mu|^2 / 2 over the
+    marginals mu that a distribution can have. The square is over what a structure is made of: states of chains,
+    segments of semi-Markov chains, arcs, spans, moves, the variables of factor graphs; transitions and factors of
+    several variables enter linearly.
+
+    The active set method needs the best structure for changed potentials, once a step, and ends at the exact solution
+    after finitely many. Most samples take a few steps; scaling the potentials up makes solutions sparser. Derivatives
+    are the closed form on the support, where the solution is linear in the potentials, to every order and under
+    torch.func.grad, vjp and jvp.
+
+    Args:
+        distribution: whose potentials; or a factor graph, whose best assignment is found by elimination.
+        max_steps: the largest number of structures to try.
+        throw: "warn" warns, True raises, where the steps do not suffice; False does nothing.
+
+    Raises:
+        ValueError: a sample has no structure; a factor graph that joins too many variables (see `Assignments`); inside
+            torch.func.vmap, which the search cannot see through: use the batch.
+        SolverError: see `throw`.
+
+    Source: Niculae, Martins, Blondel and Cardie 2018, equations 4 and 8 and section 3 (active set); Nocedal and Wright
+    2006, section 16.5.
+    """
+    if inside_vmap():
+        raise ValueError("sparse_map: not inside torch.func.vmap; put the samples into the batch.")
+    problem = Assignments(distribution) if isinstance(distribution, FactorGraph) else distribution
+    with no_derivatives():
+        active, stats = _search(problem, tuple(plain(p).detach() for p in problem._parts), max_steps)
+        weights, slope, indicators = active.summary()
+    # On the support the weights are linear in the scores.
+    scores = _scores(problem._parts, indicators)
+    p = weights + (slope @ (scores - scores.detach()).unsqueeze(2)).squeeze(2)
+    # The square of what is regularised, as a matrix over the support.
+    squares = torch.stack([i.double().flatten(2) @ i.double().flatten(2).mT for i in _squared(problem, indicators)])
+    value = (p * scores).sum(1) - (p * (squares.sum(0) @ p.unsqueeze(2)).squeeze(2)).sum(1) / 2
+    dtype = problem._parts[0].dtype
+    mixed = tuple((p.to(dtype).unsqueeze(1) @ i.flatten(2)).reshape(i.shape[:1] + i.shape[2:]) for i in indicators)
+    marginals = problem._pack(mixed)
+    solution = Solution(marginals, stats)
+    solution.check(throw, "sparse_map")
+    structures = problem._decode(tuple(i.transpose(0, 1) for i in indicators))
+    return SparseMarginals(marginals, structures, p.T.to(dtype), value.to(dtype), solution)
+
+
+def _search(problem: Structured, parts: Parts, max_steps: int) -> tuple[ActiveStructures, Stats]:
+    oracle = copy.copy(problem)
+    oracle.__dict__.pop("_lazy", None)
+    shapes = [part.shape[1:] for part in _squared(problem, parts)]
+    sizes = [shape.numel() for shape in shapes]
+
+    def best(pull: Tensor | None) -> tuple[Parts, Tensor, Tensor]:
+        """The best structure where the potentials of squared parts are lower by `pull`.
+
+        Returns its indicators, those of squared parts in a row, and its score by the original potentials.
+        """
+        changed = list(parts)
+        if pull is not None:
+            for k, shift, shape in zip(problem._squared, pull.split(sizes, 1), shapes, strict=True):
+                changed[k] = changed[k] - shift.to(changed[k].dtype).reshape(-1, *shape)
+        oracle._parts = tuple(changed)
+        found = tuple(part.detach() for part in oracle._argmax())
+        score = _scores(parts, tuple(i.unsqueeze(1) for i in found)).squeeze(1)
+        return found, torch.cat([i.flatten(1) for i in _squared(problem, found)], 1).double(), score
+
+    found, rows, scores = best(None)
+    problem._exists(scores)
+    batch = len(scores)
+    active = ActiveStructures(found, rows, scores)
+    steps = torch.ones(batch, dtype=torch.int64, device=scores.device)
+    status = torch.full_like(steps, Status.MAX_STEPS)
+    residual = torch.full_like(scores, torch.inf)
+    tolerance = 64 * torch.finfo(parts[0].dtype).eps
+    for _ in range(max_steps - 1):
+        open_ = status == Status.MAX_STEPS
+        if not bool(open_.any()):
+            break
+        mean = active.mean()
+        found, rows, scores = best(mean)
+        reached, new = active.value(mean), scores - (rows * mean).sum(1)
+        scale = 1 + active.scale() + scores.abs()
+        gap = ((new - reached) / scale).clamp(min=0)
+        residual = torch.where(open_, gap, residual)
+        # One that is in the support already could only win by rounding.
+        done = open_ & ((gap <= tolerance) | active.holds(rows))
+        status = torch.where(done, Status.CONVERGED, status)
+        open_ = open_ & ~done
+        steps = steps + open_
+        active.add(open_, found, rows, scores)
+    return active, Stats(steps, steps.clone(), residual, status)
+
+
+def _squared(problem: Structured, parts: Parts) -> Parts:
+    return tuple(parts[k] for k in problem._squared)
+
+
+def _scores(parts: Parts, indicators: Parts) -> Tensor:
+    """Log-weights (batch, support) in float64, of indicators (batch, support, ...)."""
+    used = [torch.where(i > 0, p.unsqueeze(1), 0.0) for i, p in zip(indicators, parts, strict=True)]
+    return torch.stack([u.double().flatten(2).sum(2) for u in used]).sum(0)
