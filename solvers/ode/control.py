@@ -160,14 +160,16 @@ class PIDController(Controller):
             aim = self.safety * ratio.clamp(min=1e-16) ** (-1 / order)
         else:
             aim = self.safety * max(ratio, 1e-16) ** (-1 / order)
-        factor = aim ** (self.i + self.p + self.d)
+        gain = self.i + self.p + self.d
+        factor = aim if gain == 1 else aim**gain
         following: tuple[Any, ...] = ()
         if self.p or self.d:
-            last, before = history or (1.0, 1.0)
+            last = history[0] if history else 1.0
             factor = factor * last ** (-self.p - 2 * self.d)
-            if self.d:
-                factor = factor * before**self.d
-            following = (aim.clamp(max=_SHORT) if isinstance(aim, Tensor) else min(aim, _SHORT), last)
+            following = (aim.clamp(max=_SHORT) if isinstance(aim, Tensor) else min(aim, _SHORT),)
+        if self.d:
+            factor = factor * (history[1] if history else 1.0) ** self.d
+            following = (*following, last)
         if isinstance(factor, Tensor):
             assert isinstance(ratio, Tensor)
             return torch.where(

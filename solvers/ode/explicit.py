@@ -50,19 +50,20 @@ class ExplicitRungeKutta(Method):
         return self._fast_step(rhs, t, y, h, carry[0], memory or Workspace(self.tableau, y))
 
     def _fast_step(self, rhs: Rhs, t: Time, y: Tensor, h: Time, first: Tensor, space: Workspace) -> Step:
-        tableau, rows, combine = self.tableau, space.rows, space.combine
-        c, end = tableau.c, tableau.end
-        space.start(y)
-        rows[0].copy_(first)
+        tableau, combine, put = self.tableau, space.combine, space.put
+        space.start(t, y, h)
+        put(0, first)
         for i in range(1, tableau.stages):
-            solution = combine(h, i)
-            rows[i].copy_(rhs(t + c[i] * h, solution))
+            solution = combine(i)
+            stage = rhs(space.time(i), solution)
+            put(i, stage)
         carry: Carry = ()
         if tableau.fsal:
-            carry = (rows[end].clone(),)
+            # The field may write its next result over it.
+            carry = (stage.clone(),)
         else:
-            solution = combine(h, end)
-        return Step(solution, space.error(h), carry, space, stages=space)
+            solution = combine(tableau.end)
+        return Step(solution, space.error(), carry, space, stages=space)
 
     def _recorded_step(self, rhs: Rhs, t: Time, y: Tensor, h: Time, first: Tensor) -> Step:
         tableau = self.tableau
@@ -81,10 +82,11 @@ class ExplicitRungeKutta(Method):
         if isinstance(step.stages, Workspace):
             space = step.stages
             for i in range(tableau.stages, len(tableau.rows)):
-                space.rows[i].copy_(rhs(t + tableau.c[i] * h, space.combine(h, i)))
-            if not tableau.fsal:
-                step.carry = (space.rows[tableau.end].clone(),)
-            return space.polynomial(h)
+                stage = rhs(space.time(i), space.combine(i))
+                space.put(i, stage)
+                if i == tableau.end:
+                    step.carry = (stage.clone(),)
+            return space.polynomial()
         stages = step.stages
         for row, c in zip(tableau.rows[len(stages) :], tableau.c[len(stages) :]):
             stages.append(rhs(t + c * h, y + weighted(stages, row, h)))
@@ -95,61 +97,74 @@ class ExplicitRungeKutta(Method):
 class Workspace:
     """Buffers and constants of one solve: the stages (stages, batch * n) and the tableau as tensors.
 
+    With steps per sample the stages are kept multiplied by these, so that combinations of them are matrix-vector
+    products in either case.
+
     Attributes:
-        rows: the stages, each (batch, n).
-        buffer: all of them, (stages, batch * n).
         bars: cotangents of the stages in a backward pass, (stages, batch * n).
         bar_rows: the same, each (batch, n).
     """
 
     def __init__(self, tableau: Tableau, y: Tensor) -> None:
         count = len(tableau.rows)
-        self.buffer = y.new_zeros((count, y.numel()))
-        self.rows = self.buffer.view(-1, *y.shape).unbind(0)
+        self._buffer = y.new_zeros((count, y.numel()))
+        self._rows = self._buffer.view(-1, *y.shape).unbind(0)
         # Views take their shape from this tensor, which is cheaper than from a size.
-        self._like = self.rows[0]
+        self._like = self._rows[0]
         self._y = y.reshape(-1)
-        self._prefixes = [self.buffer[:i].t() for i in range(count + 1)]
+        self._prefixes = [self._buffer[:i].t() for i in range(count + 1)]
+        self._c = tableau.c
+        self._nodes = torch.tensor(tableau.c, dtype=torch.float64, device=y.device).unsqueeze(1)
+        self._t: Time = 0.0
+        self._h = 0.0
+        self._scale: Time | None = None
+        self._times: tuple[Tensor, ...] = ()
         self._weights = [y.new_tensor(row[:i]) for i, row in enumerate(tableau.rows)]
         self._error = None if tableau.error is None else y.new_tensor(tableau.error)
         self._interpolant = y.new_tensor(tableau.interpolant)
 
-    def start(self, y: Tensor) -> None:
-        """Begin a step at `y`."""
-        self._y = y.flatten()
-
-    def combine(self, h: Time, i: int) -> Tensor:
-        """y + h sum_j a_ij k_j: the argument of stage i."""
+    def start(self, t: Time, y: Tensor, h: Time) -> None:
+        """Begin a step of length h from `y` at t."""
+        self._y, self._t = y.flatten(), t
         if isinstance(h, float):
-            return torch.addmv(self._y, self._prefixes[i], self._weights[i], alpha=h).view_as(self._like)
-        change = torch.mv(self._prefixes[i], self._weights[i]).view_as(self._like)
-        return torch.addcmul(self._y.view_as(self._like), change, torch.as_tensor(column(h, change)))
+            self._h, self._scale = h, None
+        else:
+            self._h, self._scale = 1.0, column(h, y)
+            self._times = (t + self._nodes * h).unbind(0)
 
-    def error(self, h: Time) -> Tensor | None:
+    def time(self, i: int) -> Time:
+        """When stage i is evaluated."""
+        return self._t + self._c[i] * self._h if self._scale is None else self._times[i]
+
+    def put(self, i: int, stage: Tensor) -> None:
+        """Keep the derivative at stage i."""
+        if self._scale is None:
+            self._rows[i].copy_(stage)
+        else:
+            torch.mul(stage, self._scale, out=self._rows[i])
+
+    def combine(self, i: int) -> Tensor:
+        """y + h sum_j a_ij k_j: the argument of stage i."""
+        return torch.addmv(self._y, self._prefixes[i], self._weights[i], alpha=self._h).view_as(self._like)
+
+    def error(self) -> Tensor | None:
         """h sum_i error_i k_i."""
         if self._error is None:
             return None
         prefix = self._prefixes[len(self._error)]
-        if isinstance(h, float):
-            return torch.addmv(self._y, prefix, self._error, beta=0, alpha=h).view_as(self._like)
-        return torch.mv(prefix, self._error).view_as(self._like).mul_(column(h, self._like))
+        return torch.addmv(self._y, prefix, self._error, beta=0, alpha=self._h).view_as(self._like)
 
-    def polynomial(self, h: Time) -> Tensor:
+    def polynomial(self) -> Tensor:
         """Coefficients (degree + 1, batch, n) of the dense output."""
         out = self._y.new_empty((len(self._interpolant) + 1, len(self._y)))
         out[0] = self._y
-        if isinstance(h, float):
-            torch.addmm(out[1:], self._interpolant, self.buffer, beta=0, alpha=h, out=out[1:])
-            return out.view(-1, *self._like.shape)
-        torch.mm(self._interpolant, self.buffer, out=out[1:])
-        out = out.view(-1, *self._like.shape)
-        out[1:].mul_(column(h, out))
-        return out
+        torch.addmm(out[1:], self._interpolant, self._buffer, beta=0, alpha=self._h, out=out[1:])
+        return out.view(-1, *self._like.shape)
 
     @functools.cached_property
     def bars(self) -> Tensor:
         """Zeros to begin with."""
-        return torch.zeros_like(self.buffer)
+        return torch.zeros_like(self._buffer)
 
     @functools.cached_property
     def bar_rows(self) -> tuple[Tensor, ...]:

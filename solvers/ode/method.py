@@ -107,7 +107,7 @@ class Rhs:
     def time(self, t: Time) -> Tensor:
         """`t` as the field sees it: 0-dim or (batch,), in the state's real dtype and on its device."""
         if isinstance(t, Tensor):
-            return t.to(self._dtype)
+            return t if t.dtype is self._dtype else t.to(self._dtype)
         return torch.scalar_tensor(t, dtype=self._dtype, device=self._device)
 
     def with_args(self, args: tuple[Any, ...]) -> Rhs:

@@ -77,28 +77,28 @@ class ExplicitPullback:
         if taken.replace is not None:
             y = y.index_select(0, taken.replace)
             carry = tuple(part.index_select(0, taken.replace) for part in carry)
-        t, h, c, end, dense = taken.t, taken.h, tableau.c, tableau.end, taken.dense
-        first = tape.evaluate(t, y) if mixed or taken.restart is True or not carry else None
+        end, dense = tableau.end, taken.dense
+        first = tape.evaluate(taken.t, y) if mixed or taken.restart is True or not carry else None
         start = carry[0] if first is None else first[0].detach()
         if mixed:
             start = torch.where(_rows(taken.restart), start, carry[0])
-        space.start(y)
-        space.rows[0].copy_(start)
+        space.start(taken.t, y, taken.h)
+        space.put(0, start)
         records, solution = [first], None
         for i in range(1, len(tableau.rows) if dense else tableau.stages):
-            argument = space.combine(h, i)
+            argument = space.combine(i)
             if i == end:
                 solution = argument
                 if not dense and index + 1 == len(self.mesh.steps):
                     records.append(None)
                     continue
-            record = tape.evaluate(t + c[i] * h, argument)
-            space.rows[i].copy_(record[0].detach())
+            record = tape.evaluate(space.time(i), argument)
+            space.put(i, record[0].detach())
             records.append(record)
         if solution is None:
-            solution = space.combine(h, end)
-        known = tableau.fsal or dense
-        return (records, start), solution, (space.rows[end].clone(),) if known else ()
+            solution = space.combine(end)
+        last = records[end] if end < len(records) else None
+        return (records, start), solution, () if last is None else (last[0].detach(),)
 
     def _mixed(self, index: int, carry: Carry) -> bool:
         """Whether some samples take over the derivative at the start and others evaluate it."""

@@ -16,7 +16,7 @@ from .events import EventTracker
 from .first_step import first_steps
 from .lined_up import LinedUp, Tried
 from .mesh import END, FORCED, FREE, Mesh, take
-from .method import Carry, renewed
+from .method import Carry, Step, renewed
 from .problem import Keeper, Problem, Run
 from .shared_steps import GIVE_WAY, RETREAT, STRETCH, UNDERFLOW
 
@@ -50,10 +50,11 @@ class SampleSteps:
         self.reached = torch.full_like(self.start, torch.nan)
         # The iteration that each output lies in, (T - 2, batch), -1 while it is not reached.
         self.steps_of_output = torch.full_like(self.outputs[:, 1:-1].T, -1, dtype=torch.long)
-        zeros = torch.zeros_like(self.start)
-        self.status = torch.full_like(zeros, int(Status.MAX_STEPS), dtype=torch.long)
-        self.ratio = self.step = zeros
-        self.component = self.accepted = self.rejected = self.evaluations = torch.zeros_like(self.status)
+        self.status = torch.full_like(self.start, int(Status.MAX_STEPS), dtype=torch.long)
+        self.component = torch.zeros_like(self.status)
+        # The errors of every iteration, and the evaluations before the first one and up to the end of each.
+        self.ratios: list[Tensor] = []
+        self.calls: list[int] = []
 
     def _stops(self) -> tuple[Tensor, Tensor, Tensor]:
         """(batch, stops): times to land on in each sample's order, how, and where to restart (NaN: no jump)."""
@@ -84,17 +85,22 @@ class SampleSteps:
         handed: Carry = ()
         h, memory = self._first_steps(t, y, carry), None
         moves = steady = fresh = torch.ones_like(active)
-        stop = torch.zeros_like(self.status)
-        stopped, breaks = ~active, True
+        stop, breaks = torch.zeros_like(self.status), True
+        # Whether samples have ended that are not where they land next, and whether there is more than one such time.
+        halted, several = not all_true(active), self.stops.shape[1] > 1
+        bounded = control.min_step > 0 or control.max_step < math.inf
+        coarsest = self._resolution(torch.maximum(self.start.abs(), self.end.abs()), torch.zeros_like(h))
+        self.calls.append(rhs.calls)
         if self.tracker is not None:
             self.tracker.start(t, y)
         history: History = ()
         target, kind, jump = self.stops[:, 0], self.kinds[:, 0], self.jumps[:, 0]
         for iteration in range(problem.max_steps if any_true(active) else 0):
-            calls = rhs.calls
             left = target - t
             lands = left.abs() <= h.abs() * (1 + STRETCH)
-            step_h = torch.where(active, torch.where(lands, left, h), 0.0)
+            step_h = torch.where(lands, left, h)
+            if halted:
+                step_h = torch.where(active, step_h, 0.0)
             if not carry:
                 carry = method.init(rhs, t, y)
             step = method.step(rhs, t, y, step_h, carry, memory)
@@ -102,22 +108,22 @@ class SampleSteps:
             if adaptive:
                 assert step.error is not None
                 ratio = tolerance.sample_ratio(step.error, torch.maximum(scale, new_scale))
-                finite = ratio.isfinite()
-                accepted = (ratio <= 1) | ((step_h.abs() <= control.min_step) & finite)
+                accepted = ratio <= 1
+                if control.min_step > 0:
+                    accepted = accepted | ((step_h.abs() <= control.min_step) & (ratio < math.inf))
                 if step.failed is not None:
                     accepted = accepted & ~step.failed
                 accepted = accepted & active
                 factor, wished = control.factor(ratio, history, order)
                 history = _updated(history, wished, accepted)
                 factor = torch.where(steady & accepted, factor, torch.clamp(torch.as_tensor(factor), max=1.0))
-                factor = torch.where(finite, factor, RETREAT)
+                factor = torch.where(ratio < math.inf, factor, RETREAT)
                 if step.failed is not None:
                     factor = torch.where(step.failed, GIVE_WAY, factor)
-                self.ratio = torch.where(active, ratio, self.ratio)
-                steady = torch.where(active, accepted, steady)
+                self.ratios.append(ratio)
+                steady = accepted
             else:
-                finite = step.y.isfinite().all(-1)
-                accepted = finite & active
+                accepted = step.y.isfinite().all(-1) & active
             arrived = accepted & lands
             self.tried.append(Tried(t, step_h, accepted, torch.where(arrived, kind, FREE), moves, fresh))
             if self.keeper is not None:
@@ -131,16 +137,15 @@ class SampleSteps:
             if observe is not None and dense is not None:
                 observe(t, torch.where(accepted, step_h, 0.0), dense)
             if crossings and dense is not None:
-                ended = self._locate(crossings, iteration, dense, t, step_h)
-                stopped = stopped | ended
+                active = active & ~self._locate(crossings, iteration, dense, t, step_h)
+                halted = True
             if adaptive:
-                wish = self._clip(step_h * factor)
+                wish = self._clip(step_h * factor) if bounded else step_h * factor
                 # A step that was cut short to land does not shorten the next one.
-                keeps = ~active | (arrived & (wish.abs() < h.abs()))
-                h = torch.where(keeps, h, wish)
-            keep, done = accepted.unsqueeze(-1), arrived & (kind == END)
+                keeps = arrived & (wish.abs() < h.abs()) if several else arrived
+                h = torch.where(active & ~keeps, wish, h)
+            keep, done = accepted.unsqueeze(-1), arrived & (kind == END) if several else arrived
             t = torch.where(accepted, new_t, t)
-            lost = active & ~done & (h.abs() < self._resolution(t, h)) if adaptive else active & ~accepted
             y, scale = torch.where(keep, step.y, y), torch.where(keep, new_scale, scale)
             # A replay does not compute every dense output, so it cannot rely on what these hand over.
             handed = tuple(torch.where(keep, new, old) for new, old in zip(bare, carry))
@@ -148,12 +153,9 @@ class SampleSteps:
                 carry = handed
             else:
                 carry = tuple(torch.where(keep, new, old) for new, old in zip(step.carry, carry))
-            self.accepted = self.accepted + accepted
-            self.rejected = self.rejected + (active & ~accepted)
-            self.evaluations = self.evaluations + active * (rhs.calls - calls)
-            self.step = torch.where(active, step_h, self.step)
-            moves, fresh = moves & ~arrived, fresh & ~accepted
-            if self.stops.shape[1] > 1:
+            fresh = fresh & ~accepted
+            if several:
+                moves = moves & ~arrived
                 stop = stop + (arrived & ~done)
                 leaps = arrived & ~jump.isnan()
                 target, kind, jump = (x.gather(1, stop[:, None])[:, 0] for x in (self.stops, self.kinds, self.jumps))
@@ -161,14 +163,17 @@ class SampleSteps:
                     t = torch.where(leaps, self._leap(stop - 1), t)
                     fresh, breaks = fresh | leaps, True
                     carry = renewed(method, rhs, t, y, carry, leaps)
-            self.status = torch.where(done & ~stopped, int(Status.CONVERGED), self.status)
-            active = active & ~done & ~lost & ~stopped
-            news = int(plain(torch.where(lost, 2, active.long())).max())
+            self.calls.append(rhs.calls)
+            active = active & ~done
+            suspect = h.abs() < coarsest if adaptive else ~accepted
+            news = int(plain(active * (suspect + 1)).max())
             if news == 2:
-                self._end_lost(lost, finite, tolerance.component(step.y if step.error is None else step.error, scale))
+                lost = active & (h.abs() < self._resolution(t, h) if adaptive else suspect)
+                self._end_lost(lost, step, scale)
+                active, halted = active & ~lost, True
             if len(self.waiting) == _CHUNK:
                 self._flush(t)
-            if news != 1 and not any_true(active):
+            if news == 0 or (news == 2 and not any_true(active)):
                 break
         self._flush(t)
         if self.keeper is not None:
@@ -209,9 +214,11 @@ class SampleSteps:
     def _leap(self, stop: Tensor) -> Tensor:
         return self.jumps.gather(1, stop.clamp(min=0).unsqueeze(1)).squeeze(1)
 
-    def _end_lost(self, lost: Tensor, finite: Tensor, component: Tensor) -> None:
-        status = torch.where(finite, int(Status.STEP_UNDERFLOW), int(Status.NON_FINITE))
+    def _end_lost(self, lost: Tensor, step: Step, scale: Tensor) -> None:
+        error = step.y if step.error is None else step.error
+        status = torch.where(error.isfinite().all(-1), int(Status.STEP_UNDERFLOW), int(Status.NON_FINITE))
         self.status = torch.where(lost, status, self.status)
+        component = self.tolerance.component(error, scale)
         self.component = torch.where(lost, component, self.component)
 
     def _locate(
@@ -276,6 +283,7 @@ class SampleSteps:
             picks = torch.cat([picks, lined.index_of(where).clamp(max=lined.count - 1)])
             events = torch.stack(self.event_dense)
             self.dense = events if self.dense is None else torch.cat([self.dense, events])
+        counts = self._counts()
         return Run(
             y=y,
             mesh=Mesh(lined.steps(picks, self.replace), picks),
@@ -284,14 +292,32 @@ class SampleSteps:
             reached=torch.where(self.reached.isnan(), t, self.reached),
             hits=[dataclasses.replace(hit, pick=hit.pick + first) for hit in hits],
             status=self.status,
-            accepted=self.accepted,
-            rejected=self.rejected,
-            evaluations=self.evaluations,
-            ratio=self.ratio,
-            step=self.step,
             wish=h,
             component=self.component,
+            **counts,
         )
+
+    def _counts(self) -> dict[str, Tensor]:
+        """What `Run` has of every sample's steps."""
+        if not self.tried:
+            none, zeros = torch.zeros_like(self.status), torch.zeros_like(self.start)
+            return {"accepted": none, "rejected": none, "evaluations": none, "ratio": zeros, "step": zeros}
+        h, accepted, lands = (
+            torch.stack([getattr(x, name) for x in self.tried]) for name in ("h", "accepted", "lands")
+        )
+        active = h != 0
+        last = (active.sum(0, keepdim=True) - 1).clamp(min=0)
+        calls = torch.tensor(self.calls, device=h.device)
+        ratios = torch.stack(self.ratios) if self.ratios else torch.zeros_like(h)
+        done = (lands == END).any(0) & (self.status == Status.MAX_STEPS)
+        self.status = torch.where(done, int(Status.CONVERGED), self.status)
+        return {
+            "accepted": accepted.sum(0),
+            "rejected": (active & ~accepted).sum(0),
+            "evaluations": calls[0] + (active * calls.diff().unsqueeze(1)).sum(0),
+            "ratio": ratios.gather(0, last)[0],
+            "step": h.gather(0, last)[0],
+        }
 
 
 def _mapped(tensor: Tensor) -> bool:
