@@ -107,7 +107,8 @@ class NeuralODE(nn.Module):
             SolverError: the solve failed and `throw` is True.
         """
         times = self.t if t is None else t
-        y0 = self.augmented(x)
+        # Autocast chooses types for the field; a trajectory adds up small steps, and stays in full precision.
+        y0 = torch.utils._pytree.tree_map(_whole, self.augmented(x))
         start = float(times[0]) if not isinstance(times, Tensor) else float(times.detach().reshape(-1)[0])
         field, args = hold(self.field, self._timed, start, y0, args)
         return solve_ode(
@@ -137,6 +138,11 @@ class NeuralODE(nn.Module):
         names = ["t", "solver", "controller", "adjoint", "rtol", "atol", "max_steps"]
         names += ["augment"] if self.augment else []
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+def _whole(leaf: Any) -> Any:
+    halved = isinstance(leaf, Tensor) and leaf.dtype in (torch.float16, torch.bfloat16)
+    return leaf.float() if halved and torch.is_autocast_enabled(leaf.device.type) else leaf
 
 
 def _last(value: State) -> State:

@@ -53,6 +53,17 @@ def test_every_parameter_learns(model, images):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_autocast_computes_in_half_precision_what_can_be(model, images):
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(images)
+    assert logits.dtype == torch.bfloat16
+    logits.float().logsumexp(1).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(logits.float(), model(images), rtol=0.1, atol=0.1)
+
+
 def test_levels_of_features_are_as_described(model, images):
     with torch.no_grad():
         features, levels = model.forward_intermediates(images)
