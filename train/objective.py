@@ -6,6 +6,7 @@ import contextlib
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 
 from ..models.deq import DEQ
@@ -47,6 +48,8 @@ class Objective(nn.Module):
 
 def compile_inner(model: nn.Module) -> None:
     """Compile, in place, what is evaluated most: the cells and fields of implicit layers, or else the model."""
+    # Adjoints pull several cotangents back through one evaluation, whose buffers must not be given away by the first.
+    torch._functorch.config.donated_buffer = False
     inner = [layer.cell for layer in model.modules() if isinstance(layer, DEQ)]
     inner += [layer.field for layer in model.modules() if isinstance(layer, NeuralODE | ContinuousFlow)]
     for module in [part for part in inner if isinstance(part, nn.Module)] or [model]:
