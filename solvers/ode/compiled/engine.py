@@ -23,7 +23,7 @@ _MOST = 64
 # Bytes of states in a chunk of memory, and the number of steps in one.
 _CHUNK, _LONGEST = 4 * 2**20, 256
 # So many programs may disagree with one field before there is no further one.
-_CHANGES = 3
+_CHANGES = 2
 
 
 class Engine:
@@ -48,7 +48,7 @@ class Engine:
             Unfit: it cannot be compiled.
         """
         y, device = problem.y0, problem.y0.device
-        self._inner = inner
+        self._inner, self._compiled = inner, not is_interpreted()
         capacity = max(1, min(_LONGEST, _CHUNK // max(y.numel() * y.element_size(), 1)))
         slots = capacity if problem.dense else min(capacity, inner)
         control, rhs = problem.controller, self._rhs(problem, args)
@@ -64,7 +64,9 @@ class Engine:
             self._dense_shape = () if dense is None else (slots + 1, *dense.shape)
             here = self.start(y, trial.carry, float(time), 0.0)
             fixed = [self.setting(problem), *self.chunk(y, trial.carry).flat()]
-            self.forward = Loop(flat_attempt(self.plan, rhs), here.flat(), fixed, known, range(1, len(fixed)))
+            self.forward = Loop(
+                flat_attempt(self.plan, rhs), here.flat(), fixed, known, range(1, len(fixed)), self._compiled
+            )
         self._backward: dict[Hashable, tuple[Loop, list[bool]] | Unfit] = {}
 
     @staticmethod
@@ -143,7 +145,7 @@ class Engine:
         with no_derivatives():
             after = self.end(problem.y0, tuple(part[0] for part in chunk.carry), wanted)
             fixed = [*self.dense_bars(problem.y0), *chunk.flat()]
-            return Loop(pullback.flat(), after.flat(), fixed, known), reached
+            return Loop(pullback.flat(), after.flat(), fixed, known, compiled=self._compiled), reached
 
     def end(self, y_bar: Tensor, carry: tuple[Tensor, ...], shared: Sequence[Tensor]) -> Pulled:
         """The cotangents at the end of a solve."""

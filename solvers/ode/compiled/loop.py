@@ -22,7 +22,7 @@ _interpreted = contextvars.ContextVar("interpreted", default=False)
 
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
-    """Loops that are made inside are not compiled: their graphs run one operation after another."""
+    """Solves inside run their traced graphs one operation after another, as a test of these or to look for a fault."""
     token = _interpreted.set(True)
     try:
         yield
@@ -31,7 +31,7 @@ def interpreted() -> Iterator[None]:
 
 
 def is_interpreted() -> bool:
-    """Whether loops are not compiled."""
+    """Whether solves do so."""
     return _interpreted.get()
 
 
@@ -45,6 +45,7 @@ class Loop:
         fixed: Sequence[Tensor],
         known: Sequence[Tensor],
         written: range = range(0),
+        compiled: bool = True,
     ) -> None:
         """Trace and compile.
 
@@ -53,6 +54,7 @@ class Loop:
             carried, fixed: such as the loop will be given.
             known: other tensors that the body may use.
             written: which of the fixed ones the body writes to.
+            compiled: whether to compile the traced graph, or to run it one operation after another.
 
         Raises:
             Unfit: the body cannot be traced, or not be compiled here.
@@ -67,7 +69,7 @@ class Loop:
 
         inputs = [*carried, *fixed, *self._further(known)]
         program = _program(trace(test, inputs, ()), traced, len(carried), len(inputs), written)
-        self._run = program if is_interpreted() else _compiled(program, inputs)
+        self._run = _compiled(program, inputs) if compiled else program
 
     def __call__(self, carried: Sequence[Tensor], fixed: Sequence[Tensor], known: Sequence[Tensor]) -> list[Tensor]:
         """The carried tensors when the condition holds no more."""
