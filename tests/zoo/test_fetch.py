@@ -1,9 +1,13 @@
 """Weights over HTTP, from a real server: whole and verified, or not at all."""
 
+import concurrent.futures
 import dataclasses
 import http.server
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -54,6 +58,11 @@ class Shop(http.server.BaseHTTPRequestHandler):
             body = b"" if first else body[:third]
         elif how == "endless":
             body = body * 3
+        elif how == "hangs":
+            self.wfile.write(body[:third])
+            Shop.waiting.set()
+            Shop.closing.wait()
+            return
         self.wfile.write(body)
 
     def log_message(self, *args):
@@ -67,11 +76,12 @@ def shop(monkeypatch):
     for name in ("RESTPOINT_OFFLINE", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
     Shop.content, weights = pack_weights(torch.nn.Linear(300, 300), "w.safetensors")
-    Shop.ranges = []
+    Shop.ranges, Shop.waiting, Shop.closing = [], threading.Event(), threading.Event()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Shop)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield lambda how: dataclasses.replace(weights, source=f"http://127.0.0.1:{server.server_port}/{how}/w.safetensors")
+    Shop.closing.set()
     server.shutdown()
     server.server_close()
     thread.join()
@@ -110,6 +120,26 @@ def test_another_file_under_the_same_name_is_thrown_away(shop, tmp_path):
     with pytest.raises(CheckpointError, match="and its card says 77"):
         fetch_weights(dataclasses.replace(shop("good"), size=77), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_whoever_interrupts_a_transfer_leaves_no_litter(shop, tmp_path):
+    weights = shop("hangs")
+    code = "from pathlib import Path; from restpoint.zoo import Weights; from restpoint.zoo.fetch import *; "
+    code += f"fetch_weights({weights!r}, Path({str(tmp_path)!r}))"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert Shop.waiting.wait(timeout=60)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "KeyboardInterrupt" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_may_fetch_the_same_file(shop, tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(lambda _: fetch_weights(shop("breaks"), tmp_path), range(4)))
+    assert {path.read_bytes() for path in paths} == {Shop.content}
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_refused_connection_says_so_at_once(shop, tmp_path):
