@@ -108,6 +108,13 @@ class TestValues:
         lowest = torch.finfo(torch.float32).min
         assert simplex_map(torch.tensor([lowest, 0.0, lowest])).tolist() == [0, 1, 0]
 
+    @pytest.mark.parametrize("n", [1, 5000, 200_000])
+    @pytest.mark.parametrize("dtype", [torch.float32, D])
+    def test_sums_of_many_small_weights(self, simplex_map, n, dtype):
+        for scale in (1e-6, 1.0):
+            z = (scale * scores_of(2, n)).to(dtype)
+            assert ((simplex_map(z).double().sum(-1) - 1).abs() < 50 * torch.finfo(dtype).eps).all()
+
     def test_staircases_that_lose_an_entry_a_step(self, name, simplex_map):
         """Scores for which the support shrinks as slowly as it can."""
         stairs = [-(2.0**-k) for k in range(60)]
