@@ -92,6 +92,16 @@ def no_derivatives() -> Iterator[None]:
         yield
 
 
+def tangents_in_transforms() -> contextlib.AbstractContextManager[None]:
+    """For the jvp of an autograd Function: tangents of enclosing transforms of torch.func are recorded inside.
+
+    In a backward pass autograd has switched tangents off, and a second forward derivative would be zero without notice.
+    """
+    if not inside_transform():
+        return contextlib.nullcontext()
+    return forward_ad._set_fwd_grad_enabled(True)
+
+
 @functools.cache
 def _can_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)

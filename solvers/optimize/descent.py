@@ -33,7 +33,7 @@ def descend(energy: Energy, y: Tensor, solver: Minimizer, limits: Limits, atol: 
         scale = torch.maximum(norms(y), first)
         fine = active & torch.isfinite(size) & (size <= atol + limits.rtol * scale)
         endless = active & (value == -torch.inf)
-        broken = active & ~endless & ~(torch.isfinite(size) & torch.isfinite(value))
+        broken = active & ~endless & ~(torch.isfinite(slope).all(1) & torch.isfinite(value))
         status = torch.where(fine, int(Status.CONVERGED), status)
         status = torch.where(endless, int(Status.UNBOUNDED), status)
         status = torch.where(broken, int(Status.NON_FINITE), status)

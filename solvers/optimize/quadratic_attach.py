@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..solution import AdjointWarning
+from ..transforms import any_true, tangents_in_transforms
 from .quadratic_kkt import PRIMAL, PROXIMAL, Saddle, factorise, times, times_transposed
 
 LOOSE = 1e-6
@@ -61,8 +62,8 @@ class _SaddleSolve(torch.autograd.Function):
         scaled_W = W * size / rows**2
         saddle = Saddle(scaled_Q, scaled_C, scaled_W, factor, 1 / (scaled_W + PROXIMAL))
         x, y, error = saddle.solve(r / size, d / rows)
-        hard = (error > 1e-11).nonzero().flatten()
-        if len(hard):
+        if any_true(error > 1e-11):
+            hard = (error > 1e-11).nonzero().flatten()
             x, y, error = saddle.with_hard(hard).solve(r / size, d / rows, x, y)
             loose = error > LOOSE
             if bool(loose.any()):
@@ -103,15 +104,16 @@ class _SaddleSolve(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
         Q, C, W, factor, rows, objective, u, v = ctx.saved_tensors
         dQ, dC, dW, dr, dd = tangents[:5]
-        r = torch.zeros_like(u) if dr is None else dr
-        d = torch.zeros_like(v) if dd is None else dd
-        if dQ is not None:
-            r = r - (times(dQ, u) + times_transposed(dQ, u)) / 2
-        if dC is not None:
-            r, d = r - times_transposed(dC, v), d - times(dC, u)
-        if dW is not None:
-            d = d + dW * v
-        return _SaddleSolve.apply(Q, C, W, r, d, factor, rows, objective, None, None)
+        with tangents_in_transforms():
+            r = torch.zeros_like(u) if dr is None else dr
+            d = torch.zeros_like(v) if dd is None else dd
+            if dQ is not None:
+                r = r - (times(dQ, u) + times_transposed(dQ, u)) / 2
+            if dC is not None:
+                r, d = r - times_transposed(dC, v), d - times(dC, u)
+            if dW is not None:
+                d = d + dW * v
+            return _SaddleSolve.apply(Q, C, W, r, d, factor, rows, objective, None, None)
 
     @staticmethod
     def vmap(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:

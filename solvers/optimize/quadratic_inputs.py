@@ -118,12 +118,12 @@ def _prepare(given: dict[str, Tensor | None], names: tuple[str, ...], batch: int
 
     def matrix(t: Tensor | None, rows: int) -> Tensor:
         if t is None:
-            return q.new_zeros(rows, n, dtype=torch.float64)  # type: ignore[union-attr]
+            return q.new_zeros(rows, n, dtype=torch.float64)
         t = t.to(torch.float64)
         return t.expand(batch, *t.shape[1:]) if t.ndim == 3 else t
 
     def vector(t: Tensor | None) -> Tensor:
-        t = q.new_zeros(0) if t is None else t  # type: ignore[union-attr]
+        t = q.new_zeros(0) if t is None else t
         return t.to(torch.float64).expand(batch, t.shape[-1])
 
     # Of a linear programme nothing but the shape of Q is used, and that once for all samples.

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..transforms import any_true
 from ..tree import norms
 
 PROXIMAL = 1e-6
@@ -131,20 +132,20 @@ class Saddle:
         left, below, error = self.residuals(u, v, r, d)
         goal = 4 * torch.finfo(u.dtype).eps
         for _ in range(REFINEMENTS):
-            if not bool((error > goal).any()):
+            if not any_true(error > goal):
                 break
             du, dv = self.correct(left, below)
             nu, nv = u + du, v + dv
             left_n, below_n, error_n = self.residuals(nu, nv, r, d)
             better = error_n < error
-            if not bool(better.any()):
+            if not any_true(better):
                 break
             pick = better.unsqueeze(1)
             u, v = torch.where(pick, nu, u), torch.where(pick, nv, v)
             left, below = torch.where(pick, left_n, left), torch.where(pick, below_n, below)
             progress = (error_n < 0.5 * error) & (error_n > goal)
             error = torch.where(better, error_n, error)
-            if not bool(progress.any()):
+            if not any_true(progress):
                 break
         return u, v, error
 
