@@ -263,7 +263,7 @@ def _results(options: argparse.Namespace) -> int:
 
 def _test_batch(card: Card, data_dir: str | None, count: int) -> Tensor | None:
     """The first `count` inputs of a card's test data; None, and a line that says why, where they are not here."""
-    from ..train.data import Batches, DataError, PointSource, load_data
+    from ..train.data import Batches, DataError, Source, load_data
 
     try:
         if card.data is None:
@@ -273,9 +273,9 @@ def _test_batch(card: Card, data_dir: str | None, count: int) -> Tensor | None:
         print(f"restpoint: {card.name} is not measured: {error}", file=sys.stderr)
         return None
     batches: Any = (
-        source.test_batches(count, count, "cpu")
-        if isinstance(source, PointSource)
-        else Batches(source.test.take(slice(count)), source.mean, source.std, count)
+        Batches(source.test.take(slice(count)), source.mean, source.std, count)
+        if isinstance(source, Source)
+        else source.test_batches(count, count, "cpu")
     )
     inputs: Tensor = next(iter(batches))[0]
     return inputs
