@@ -26,6 +26,7 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import ode_memory
 import ode_peers
 import ode_problems
 import torch
@@ -33,17 +34,7 @@ from ode_peers import Solver
 from ode_problems import Problem
 from torch import Tensor
 
-from restpoint.solvers.ode import (
-    CheckpointAdjoint,
-    ConstantController,
-    DirectAdjoint,
-    Dopri5,
-    Dopri8,
-    Kvaerno5,
-    Reversible,
-    ReversibleAdjoint,
-    solve_ode,
-)
+from restpoint.solvers.ode import CheckpointAdjoint, Dopri8, Kvaerno5
 
 
 @dataclasses.dataclass
@@ -207,48 +198,6 @@ def stiff(turns: int, with_peers: list[Solver], quick: bool) -> None:
             verdict("steps / diffrax's", mine.steps / xla.steps, 1.0, at_most=True)
 
 
-def memory() -> None:
-    """Peak memory of forward plus backward against the number of steps."""
-    from restpoint.solvers.diagnose import peak_memory
-
-    problem = ode_problems.network()
-    weights = tuple(p.detach().double().requires_grad_() for p in problem.params)
-    y0, numbers = problem.y0[:16].double(), (25, 100, 400)
-
-    def gradient(steps: int, solver: Any, adjoint: Any) -> list[Tensor]:
-        solution = solve_ode(
-            lambda t, y: torch.tanh(y @ weights[0]) @ weights[1],
-            y0,
-            (0.0, 1.0),
-            solver=solver,
-            adjoint=adjoint,
-            controller=ConstantController(dt=1 / steps),
-        )
-        return list(torch.autograd.grad(solution.value[-1].square().mean(), weights))
-
-    kinds: list[tuple[str, Any, Any, float]] = [
-        ("direct", Dopri5(), DirectAdjoint(), math.inf),
-        ("checkpoint", Dopri5(), CheckpointAdjoint(), 4.6),
-        ("checkpoint, recursive", Dopri5(), CheckpointAdjoint(recursive=True), 2.0),
-        ("reversible", Reversible(Dopri5()), ReversibleAdjoint(), 1.05),
-        ("backsolve", Dopri5(), ode_peers.BacksolveAdjoint(), 1.05),
-        ("interpolated", Dopri5(), ode_peers.InterpolatedAdjoint(), math.inf),
-    ]
-    print("\nPeak memory in KiB by number of steps, and the gradient's error against the taped one of the same steps")
-    print(f"{'':26}" + "".join(f"{count:>12}" for count in numbers) + f"{'error':>12}")
-    growth = []
-    for name, solver, adjoint, bound in kinds:
-        peaks = [peak_memory(lambda n=n, s=solver, a=adjoint: gradient(n, s, a)) / 1024 for n in numbers]
-        error = relative(gradient(25, solver, adjoint), gradient(25, solver, DirectAdjoint()))
-        print(f"{name:26}" + "".join(f"{peak:12.0f}" for peak in peaks) + f"{error:12.1e}")
-        growth.append((name, peaks[-1] / peaks[0], bound, error))
-    for name, ratio, bound, error in growth:
-        if math.isfinite(bound):
-            verdict(f"memory of 400 steps / of 25, {name}", ratio, bound, at_most=True)
-        if name.startswith(("checkpoint", "reversible")):
-            verdict(f"error of the gradient, {name}", error, 1e-10, at_most=True)
-
-
 def main() -> None:
     """Everything that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -280,7 +229,7 @@ def main() -> None:
     if "stiff" in wanted:
         stiff(1 if args.quick else 3, others, args.quick)
     if "memory" in wanted:
-        memory()
+        ode_memory.measure((25, 100) if args.quick else (25, 100, 400))
 
 
 if __name__ == "__main__":
