@@ -5,5 +5,6 @@ from .deq import DEQ
 from .dropout import VariationalDropout
 from .flow import ContinuousFlow
 from .ode import NeuralODE
+from .tagging import BiLSTMCRF
 
-__all__ = ["DEQ", "ContinuousFlow", "NeuralODE", "SparseAttention", "VariationalDropout"]
+__all__ = ["DEQ", "BiLSTMCRF", "ContinuousFlow", "NeuralODE", "SparseAttention", "VariationalDropout"]

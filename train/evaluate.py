@@ -9,11 +9,11 @@ from torch import nn
 from ..solvers.options import suggest
 from ..zoo import create_model
 from ..zoo.factory import Blueprint
-from .data import Batches, DataError, PointSource, load_data
-from .tasks import DensityEstimation, ImageClassification, Task
+from .data import Batches, DataError, PointSource, TaggedSource, load_data
+from .tasks import DensityEstimation, ImageClassification, SequenceTagging, Task
 
 # By the registry's word for what a model does; a new task is one line here.
-TASKS: dict[str, Task] = {task.kind: task for task in (ImageClassification(), DensityEstimation())}
+TASKS: dict[str, Task] = {task.kind: task for task in (ImageClassification(), DensityEstimation(), SequenceTagging())}
 
 
 def evaluate_model(
@@ -55,9 +55,8 @@ def evaluate_model(
     if kind not in TASKS:
         raise DataError(f"There is no task {kind!r}.{suggest(kind, list(TASKS))} Known: {', '.join(TASKS)}.")
     source = load_data(data, data_dir)
-    if isinstance(source, PointSource):
-        points = source.test_batches(batch_size, limit, _device(model))
-        return TASKS[kind].evaluate(model, points)
+    if isinstance(source, PointSource | TaggedSource):
+        return TASKS[kind].evaluate(model, source.test_batches(batch_size, limit, _device(model)))
     mean, std = (card.input.mean, card.input.std) if card is not None and card.input else (source.mean, source.std)
     images = source.test if limit is None else source.test.take(slice(limit))
     return TASKS[kind].evaluate(model, Batches(images, mean, std, batch_size, device=_device(model)))

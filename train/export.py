@@ -12,14 +12,14 @@ from ..zoo.factory import Blueprint
 from ..zoo.files import write_atomically
 from ..zoo.weights import pack_weights
 from .config import Config
-from .data import PointSource, Source
+from .data import PointSource, Source, TaggedSource
 
 
 def export(
     model: nn.Module,
     folder: Path,
     config: Config,
-    source: Source | PointSource,
+    source: Source | PointSource | TaggedSource,
     metrics: dict[str, float],
     command: str,
 ) -> Path:

@@ -32,7 +32,7 @@ from .checkpoint import (
 )
 from .config import Config
 from .curves import Curves, Pace, describe, in_words
-from .data import PointSource, Source, load_data
+from .data import PointSource, Source, TaggedSource, load_data
 from .data.batches import part_of
 from .errors import Interrupted, TrainingError
 from .export import export
@@ -94,7 +94,7 @@ def _train(
         raise TrainingError(f"{folder.path} holds no checkpoint to go on from: --resume auto would begin.")
 
     # Data
-    source: Source | PointSource = load_data(config.data.name, config.data_dir)
+    source: Source | PointSource | TaggedSource = load_data(config.data.name, config.data_dir)
     batches, held_out = split_batches(config, source, str(parallel.device))
 
     # Model: `shipped` is what evaluation and export see, with the averaged weights and the solver of `arguments`.
@@ -106,6 +106,7 @@ def _train(
         shipped = create_model(config.model.name, **arguments).to(parallel.device)
     except (TypeError, ValueError) as error:
         raise TrainingError(f"The model {config.model.name} cannot be built as the recipe says: {error}") from error
+    config.task.prepare(model, source)
     model = model.to(parallel.device)
     log.info("%s: %d parameters", config.name, sum(p.numel() for p in model.parameters()))
     if config.compile:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from .config import Config
-from .data import Batches, DataError, PointBatches, PointSource, Source
+from .data import Batches, DataError, PointBatches, PointSource, SentenceBatches, Source, TaggedSource
 
 
 def split_batches(
-    config: Config, source: Source | PointSource, device: str = "cpu"
-) -> tuple[Batches, Batches] | tuple[PointBatches, PointBatches]:
+    config: Config, source: Source | PointSource | TaggedSource, device: str = "cpu"
+) -> tuple[Batches, Batches] | tuple[PointBatches, PointBatches] | tuple[SentenceBatches, SentenceBatches]:
     """The training batches, and those of the validation set where one is carved, else of the test set.
 
     Raises:
         DataError: the validation set is larger than the training set.
     """
     data = config.data
-    if isinstance(source, PointSource):
+    if isinstance(source, PointSource | TaggedSource):
         return source.batches(data.batch_size, data.eval_batch_size, data.validation, config.seed, device)
     train_set, held_out = source.train, source.test
     if data.validation:

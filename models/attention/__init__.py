@@ -1,5 +1,6 @@
 """Attention whose weights are the solution of a problem."""
 
+from .crf import CRF
 from .sparse import SparseAttention
 
-__all__ = ["SparseAttention"]
+__all__ = ["CRF", "SparseAttention"]

@@ -2,6 +2,7 @@
 
 from .augment import Affine
 from .batches import Batches
+from .conllu import SentenceBatches, TaggedSet, TaggedSource, ud_english_ewt
 from .density import PlaneDensity, PointBatches, PointSource
 from .digits import digits
 from .mnist import mnist
@@ -16,9 +17,13 @@ __all__ = [
     "PlaneDensity",
     "PointBatches",
     "PointSource",
+    "SentenceBatches",
     "Source",
+    "TaggedSet",
+    "TaggedSource",
     "digits",
     "load_data",
     "mnist",
     "register_data",
+    "ud_english_ewt",
 ]

@@ -2,6 +2,7 @@
 
 from .classification import ImageClassification
 from .density import DensityEstimation
+from .tagging import SequenceTagging
 from .task import Outcome, Task
 
-__all__ = ["DensityEstimation", "ImageClassification", "Outcome", "Task"]
+__all__ = ["DensityEstimation", "ImageClassification", "Outcome", "SequenceTagging", "Task"]

@@ -38,6 +38,10 @@ class Task(abc.ABC):
     kind: str
     metric: str
 
+    def prepare(self, model: nn.Module, source: Any) -> None:
+        """Show the model the data set before the first step, for what is not learnt by gradients."""
+        return None
+
     @abc.abstractmethod
     def losses(self, model: nn.Module, batch: Any, step: int) -> Outcome:
         """The loss of one training batch at optimiser step `step`."""

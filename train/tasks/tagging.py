@@ -1,0 +1,59 @@
+"""A tag for every word of a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...solvers.options import options
+from ..data.conllu import Sentences
+from .task import Outcome, Task
+
+
+@options
+class SequenceTagging(Task):
+    """The negative log-likelihood of whole tag sequences.
+
+    A model offers `log_likelihood(words, tags)` and `decode(words)`; one that also offers `fit(words)` is given the
+    words of the training set before the first step.
+    """
+
+    kind = "tagging"
+    metric = "accuracy"
+
+    def prepare(self, model: nn.Module, source: Any) -> None:
+        """Show the model the words that it will be trained on."""
+        if hasattr(model, "fit"):
+            model.fit(torch.cat(source.train.words))  # type: ignore[operator]
+
+    def losses(self, model: nn.Module, batch: Sentences, step: int) -> Outcome:
+        """Negative log-likelihood in nats a word."""
+        words, tags = batch
+        log_likelihood = model.log_likelihood(words, tags)  # type: ignore[operator]
+        loss = -log_likelihood.sum() / (tags >= 0).sum()
+        return Outcome(loss, {"nll": float(loss.detach())})
+
+    def evaluate(self, model: nn.Module, batches: Iterable[Sentences]) -> dict[str, float]:
+        """How often the most probable tags are right.
+
+        Returns:
+            accuracy, the share of words; sentences, the share of sentences without a fault; nll, the negative
+            log-likelihood in nats a word.
+        """
+        was_training = model.training
+        model.eval()
+        right = words_seen = whole = sentences = 0
+        nll = 0.0
+        with torch.no_grad():
+            for words, tags in batches:
+                inside = tags >= 0
+                hit = model.decode(words) == tags  # type: ignore[operator]
+                right += int((hit & inside).sum())
+                whole += int((hit | ~inside).all(1).sum())
+                words_seen, sentences = words_seen + int(inside.sum()), sentences + len(tags)
+                nll -= float(model.log_likelihood(words, tags).sum())  # type: ignore[operator]
+        model.train(was_training)
+        return {"accuracy": right / words_seen, "sentences": whole / sentences, "nll": nll / words_seen}
