@@ -8,6 +8,7 @@ columns. The derivatives are attached to what it found by recorded Newton steps 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ class _Rows:
         escort: of the plan, the weights w of its Jacobian diag(w) - w w' / sum(w), row by row.
         stride: of the range of a Newton step, and of the scores, the part of the step to try first.
         damping: added to the Laplacian, in parts of the error.
+        start: the range of scores up to which a solve needs no preparation.
     """
 
     plan: Callable[[Tensor, Tensor], Tensor]
@@ -38,6 +40,7 @@ class _Rows:
     escort: Callable[[Tensor], Tensor]
     stride: Callable[[Tensor, Tensor], Tensor]
     damping: float
+    start: float
 
 
 # With logarithmic strides Newton's method on sums of exponentials converges from anywhere: Sun and Tran-Dinh 2019.
@@ -47,6 +50,7 @@ _ENTROPIC = _Rows(
     escort=lambda p: p,
     stride=lambda span, reach: torch.where(span > 0, span.log1p() / span, 1),
     damping=0.0,
+    start=32.0,
 )
 _QUADRATIC = _Rows(
     plan=project_simplex,
@@ -54,6 +58,7 @@ _QUADRATIC = _Rows(
     escort=torch.sign,
     stride=lambda span, reach: torch.where(span > reach, reach / span, 1),
     damping=1e-3,
+    start=math.inf,
 )
 
 
@@ -72,7 +77,7 @@ def sinkhorn(
 
     argmax_P <P, scores> + temperature H(P), which is diag(u) exp(scores / temperature) diag(v): what Sinkhorn's
     iteration converges to, and entropic optimal transport where the scores are negative costs. Found by Newton's
-    method: a step costs more, an (m, m) Cholesky factorisation, but low temperatures take few.
+    method, a Cholesky factorisation (m, m) a step, which low temperatures are approached with from higher ones.
 
     Args:
         scores: any real tensor; -inf excludes an entry.
@@ -211,34 +216,42 @@ class _Constant(torch.autograd.Function):
 
 
 def _solve(x: Tensor, a: Tensor, b: Tensor, kind: _Rows, rtol: float, max_steps: int) -> tuple[Tensor, Stats]:
-    """The dual variables of the columns (batch, m), without derivatives; samples stop one by one."""
+    """The dual variables of the columns (batch, m), without derivatives; samples stop one by one.
+
+    Scores of a wide range are approached from parts of them, each twice the one before, and so are the variables.
+    """
     g = torch.zeros_like(b)
     total = b.sum(1)
     finite = torch.where(x > -torch.inf, x, 0)
     reach = finite.amax((1, 2)) - finite.amin((1, 2)) + b.amax(1)
+    part = torch.exp2(-(reach / kind.start).log2().ceil().clamp(0, _HALVINGS)).nan_to_num(nan=1.0)
 
-    def look(g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def look(g: Tensor, part: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The plan, the dual, what the columns miss, and that relative to the total."""
-        moved = x + g.unsqueeze(1)
+        moved = x * part[:, None, None] + g.unsqueeze(1)
         plan = kind.plan(moved, a)
         missing = b - plan.sum(1)
         return plan, (b * g).sum(1) - kind.conjugate(moved, plan, a), missing, missing.abs().sum(1) / total
 
-    now = look(g)
     steps = torch.zeros_like(total, dtype=torch.int64)
     looks = torch.ones_like(steps)
-    running = now[3] > rtol
+    now = look(g, part)
     for _ in range(max_steps):
+        while any_true(near := (part < 1) & (now[3] < _ROUGH)):
+            part, g = torch.where(near, 2 * part, part), torch.where(near.unsqueeze(1), 2 * g, g)
+            now = look(g, part)
+            looks = looks + near
+        plan, dual, missing, error = now
+        running = ((error > rtol) | (part < 1)) & error.isfinite()
         if not any_true(running):
             break
-        plan, dual, missing, error = now
         step = _Factor(plan, kind, kind.damping * error.clamp(max=1)).solve(missing)
         t = kind.stride(step.amax(1) - step.amin(1), reach)
         gain = (step * missing).sum(1)
         settled = ~running
         for _ in range(_HALVINGS):
             trial = g + torch.where(running.unsqueeze(1), t.unsqueeze(1) * step, 0)
-            now = look(trial)
+            now = look(trial, part)
             looks = looks + (~settled)
             # At the last digits of the dual only the sums can tell progress.
             settled = settled | (now[1] >= dual + 1e-4 * t * gain) | (now[3] < error / 2)
@@ -247,14 +260,16 @@ def _solve(x: Tensor, a: Tensor, b: Tensor, kind: _Rows, rtol: float, max_steps:
             t = torch.where(settled, t, t / 2)
         g = trial
         steps = steps + running
-        running = running & (now[3] > rtol)
-    error = now[3]
+    g = g / part.unsqueeze(1)
+    error = look(g, torch.ones_like(part))[3]
     status = torch.where(error <= rtol, int(Status.CONVERGED), int(Status.MAX_STEPS))
     status = torch.where(error.isfinite(), status, int(Status.NON_FINITE))
     return g, Stats(steps, looks, error, status)
 
 
 _HALVINGS = 40
+_ROUGH = 0.02
+"""The error at which to go on to the next part of the scores."""
 
 
 class _Factor:

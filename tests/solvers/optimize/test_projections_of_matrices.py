@@ -52,7 +52,7 @@ class TestSinkhorn:
 
         x = scores_of(6, 8, 8)
         for dtype in (torch.float32, D):
-            solution = sinkhorn(x.to(dtype), temperature=2e-3, max_steps=500, throw=True)
+            solution = sinkhorn(x.to(dtype), temperature=2e-3, throw=True)
             for p, s in zip(solution.value, x, strict=True):
                 rows, columns = linear_sum_assignment(s.numpy(), maximize=True)
                 assert p[rows, columns].min() > 0.9
