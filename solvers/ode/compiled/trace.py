@@ -18,6 +18,31 @@ from .reasons import Unfit
 _FRESH = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
 
 
+# A product that contracts so few numbers, and has so few, is cheaper as sums that the compiler fuses with what is around.
+_FEW, _SMALL = 4, 2048
+
+
+def _few_products(left: Tensor, right: Tensor) -> Tensor:
+    if not 0 < left.shape[1] <= _FEW or len(left) * right.shape[1] > _SMALL:
+        return NotImplemented
+    columns, rows = left.split(1, 1), right.split(1)
+    total = columns[0] * rows[0]
+    for column, row in zip(columns[1:], rows[1:]):
+        total = total + column * row
+    return total
+
+
+def _few_products_added(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    product = _few_products(left, right) if beta == alpha == 1 else NotImplemented
+    return product if product is NotImplemented else bias + product
+
+
+_DECOMPOSED = {
+    torch.ops.aten.mm.default: _few_products,
+    torch.ops.aten.addmm.default: _few_products_added,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Traced:
     """A graph and what it takes beside its arguments.
@@ -50,7 +75,7 @@ def trace(function: Callable[..., Any], inputs: Sequence[Tensor], known: Sequenc
     """
     versions = [tensor._version for tensor in known]
     try:
-        graph = make_fx(function)(*inputs)
+        graph = make_fx(function, _DECOMPOSED)(*inputs)
     except StateError:
         raise
     except Exception as error:
