@@ -20,11 +20,11 @@ from .replay import check_repeats, replay
 from .tape import vector_jacobian
 
 # States of so few columns, whose derivative takes as many passes.
-_COLUMNS = 4
+_COLUMNS = 16
 # Batches of so few numbers; beyond that the operations cost more than calling them.
-_NUMBERS = 2**11
+_NUMBERS = 2**10
 # Multiply-adds of all passes with the tensors that the field uses, taken as matrices: likewise.
-_WORK = 2**17
+_WORK = 2**18
 # The states of a window take about so many bytes, with which an operation stays within a processor's cache.
 _WINDOW = 2**17
 

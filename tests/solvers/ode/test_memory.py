@@ -21,7 +21,7 @@ from restpoint.solvers.ode import (
 F64 = torch.float64
 
 
-def peak(steps, adjoint, solver=None, columns=16, per_sample=False):
+def peak(steps, adjoint, solver=None, columns=24, per_sample=False):
     weight = torch.randn(columns, columns, dtype=F64).requires_grad_()
     y0 = torch.randn(32, columns, dtype=F64)
     control = ConstantController(dt=1 / steps, per_sample=per_sample)
