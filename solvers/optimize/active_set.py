@@ -13,6 +13,9 @@ from .quadratic_problem import Programme
 SIGN = 1e-10
 """A slack or multiplier of a scaled programme may be negative by this, times the size of its terms."""
 
+CLOSE = 1e-3
+"""Relative residual below which a guess is not contradictory, but badly conditioned."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Polished:
@@ -39,7 +42,11 @@ class Polished:
 def polish(
     problem: Programme, active: Tensor, x: Tensor | None, v: Tensor | None, tolerance: float, hard: bool = False
 ) -> Polished:
-    """Solve with the `active` inequalities (batch, m) as equations, from x and v; `hard` spares no effort."""
+    """Solve with the `active` inequalities (batch, m) as equations, from x and v.
+
+    Samples that refinement brings close, but not to the tolerance, are solved by the whole matrix; with `hard`, all
+    that it does not bring to the tolerance.
+    """
     m = problem.m
     everything = torch.cat([active, torch.ones_like(problem.d[:, m:], dtype=torch.bool)], 1)
     W = inactive(everything, problem.q.dtype)
@@ -48,11 +55,11 @@ def polish(
     saddle = Saddle.of(problem.Q, problem.C, W)
     start = None if v is None else torch.where(everything, v, 0.0)
     x, v, error = saddle.solve(-problem.q, problem.d, x, start)
-    if hard:
-        bad = (error > tolerance).nonzero().flatten()
+    slow = error > tolerance
+    bad = (slow if hard else slow & (error < CLOSE)).nonzero().flatten()
+    if len(bad):
         saddle = saddle.with_hard(bad)
-        if len(bad):
-            x, v, error = saddle.solve(-problem.q, problem.d, x, v)
+        x, v, error = saddle.solve(-problem.q, problem.d, x, v)
     v = torch.where(everything, v, 0.0)
     slack = problem.d[:, :m] - times(problem.C, x)[:, :m]
     if problem.softness is not None:

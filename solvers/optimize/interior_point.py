@@ -25,6 +25,12 @@ EXHAUSTED = 1e-13
 LARGE = 1e4
 """Size of the variables or multipliers of a scaled programme from which on it may have no optimum."""
 
+PROOF = 1e-13
+"""Relative residual of the active set's equations that is one of rounding."""
+
+EQUATION = 1e-10
+"""Regularisation of an equation's multiplier in a step, which nothing takes out again but the next step."""
+
 
 @options
 class InteriorPoint(QPSolver):
@@ -119,7 +125,7 @@ class _Run:
             return problem
         everything = len(at) == problem.batch
         part = problem if everything else problem.select(at)
-        result = polish(part, active if everything else active[at], None, None, max(self.rtol, 1e-13))
+        result = polish(part, active if everything else active[at], None, None, PROOF)
         good = result.proved.nonzero().flatten()
         self.found.prove(self.rows[at[good]], result, good, 1)
         left = torch.ones_like(right)
@@ -153,7 +159,7 @@ class _Run:
         part, guess, x, v = problem.select(at), state.guess[at], state.x[at], state.v[at]
         done = []
         for _ in range(3):
-            result = polish(part, guess, x, v, max(self.rtol, 1e-13), hard)
+            result = polish(part, guess, x, v, max(self.rtol, PROOF) if hard else PROOF, hard)
             good = result.proved.nonzero().flatten()
             self.found.prove(self.rows[at[good]], result, good, k)
             done.append(at[good])
@@ -238,7 +244,7 @@ def step(
     z = v[:, :m]
     mu, primal, dual, below, left = residuals_of(problem, state, floor)
     soft = 0.0 if problem.softness is None else problem.softness[:, :m]
-    W = torch.full_like(v, PROXIMAL) if problem.softness is None else problem.softness.clamp_min(PROXIMAL)
+    W = torch.full_like(v, EQUATION) if problem.softness is None else problem.softness.clamp_min(EQUATION)
     W[:, :m] = s / z + soft
     weight = 1 / W
     factor = factorise(problem.Q, problem.C, weight, PRIMAL)
