@@ -100,7 +100,8 @@ class Position(NamedTuple):
 
     def flat(self) -> list[Tensor]:
         """In few tensors, each of which costs time in every attempt: numbers, counts, state and carry."""
-        return [torch.stack([*self[:3], *self.history]), torch.stack(self[3:9]), self.y, *self.carry]
+        states = [part.contiguous() for part in (self.y, *self.carry)]
+        return [torch.stack([*self[:3], *self.history]), torch.stack(self[3:9]), *states]
 
     @staticmethod
     def of(tensors: Sequence[Tensor], plan: Plan) -> Position:

@@ -152,8 +152,8 @@ class Engine:
         zeros = torch.zeros((2,), dtype=torch.float64, device=y_bar.device)
         counts = torch.ones((2,), dtype=torch.long, device=y_bar.device)
         carry_bars = tuple(part.new_zeros(part.shape) for part in carry)
-        totals = tuple(torch.zeros_like(tensor.detach()) for tensor in shared)
-        return Pulled._make((*counts.unbind(), *zeros.unbind(), y_bar.contiguous(), carry_bars, totals))
+        totals = tuple(tensor.new_zeros(tensor.shape) for tensor in shared)
+        return Pulled._make((*counts.unbind(), *zeros.unbind(), y_bar, carry_bars, totals))
 
 
 _lock = threading.RLock()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 import functools
 import types
-from collections.abc import Hashable
+import weakref
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -144,16 +145,20 @@ class Fingerprint:
 
 
 class _Same:
-    """Equal to itself alone; holds what it stands for, so that its id is not given to another object."""
+    """Equal to itself alone, as long as what it stands for exists."""
 
     def __init__(self, thing: Any) -> None:
-        self.thing = thing
+        self._hash = id(thing)
+        try:
+            self._thing: Callable[[], Any] = weakref.ref(thing)
+        except TypeError:
+            self._thing = lambda: thing
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.thing is self.thing
+        return isinstance(other, _Same) and other._thing() is self._thing() is not None
 
     def __hash__(self) -> int:
-        return id(self.thing)
+        return self._hash
 
 
 def _kind(thing: Any) -> Hashable:

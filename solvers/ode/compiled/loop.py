@@ -98,8 +98,8 @@ def _compiled(program: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[...
     import torch._inductor
 
     fake = FakeTensorMode(shape_env=ShapeEnv())
-    # Tensors that are the same here need not be so next time.
-    examples: list[Any] = [fake.from_tensor(torch.empty_like(tensor), static_shapes=True) for tensor in inputs]
+    # Of each its own copy: tensors that are the same here need not be so next time.
+    examples: list[Any] = [fake.from_tensor(tensor.detach(), static_shapes=True) for tensor in inputs]
     options = {"cpp_wrapper": all(tensor.device.type == "cpu" for tensor in inputs)}
     try:
         with warnings.catch_warnings(), torch.no_grad():

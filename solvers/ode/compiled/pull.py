@@ -36,7 +36,8 @@ class Pulled(NamedTuple):
 
     def flat(self) -> list[Tensor]:
         """In few tensors: counts, times, state, carry and the shared ones."""
-        return [torch.stack(self[:2]), torch.stack(self[2:4]), self.y, *self.carry, *self.shared]
+        states = [part.contiguous() for part in (self.y, *self.carry, *self.shared)]
+        return [torch.stack(self[:2]), torch.stack(self[2:4]), *states]
 
     @staticmethod
     def of(tensors: Sequence[Tensor], plan: Plan, shared: int) -> Pulled:

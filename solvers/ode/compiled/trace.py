@@ -18,7 +18,7 @@ from .reasons import Unfit
 _FRESH = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
 
 
-# A product that contracts so few numbers, and has so few, is cheaper as sums that the compiler fuses with what is around.
+# A product that contracts so few numbers, and has so few, is cheaper as sums, which the compiler fuses with the rest.
 _FEW, _SMALL = 4, 2048
 
 
@@ -37,7 +37,7 @@ def _few_products_added(bias: Tensor, left: Tensor, right: Tensor, *, beta: floa
     return product if product is NotImplemented else bias + product
 
 
-_DECOMPOSED = {
+_DECOMPOSED: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.mm.default: _few_products,
     torch.ops.aten.addmm.default: _few_products_added,
 }
@@ -73,19 +73,23 @@ def trace(function: Callable[..., Any], inputs: Sequence[Tensor], known: Sequenc
         Unfit: the function cannot be traced, draws random numbers, changes one of its tensors, or uses one that is not
             known.
     """
-    versions = [tensor._version for tensor in known]
+    versions = [_version(tensor) for tensor in known]
     try:
         graph = make_fx(function, _DECOMPOSED)(*inputs)
     except StateError:
         raise
     except Exception as error:
         raise Unfit(f"the field cannot be traced: {first_line(error)}") from error
-    if any(tensor._version != version for tensor, version in zip(known, versions)):
+    if any(_version(tensor) != version for tensor, version in zip(known, versions)):
         raise Unfit("the field changes a tensor that it closes over")
     for node in graph.graph.nodes:
         if node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise Unfit(f"the field draws random numbers ({node.target})")
     return _lifted(graph, known)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _lifted(graph: GraphModule, known: Sequence[Tensor]) -> Traced:

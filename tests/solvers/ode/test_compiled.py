@@ -344,3 +344,22 @@ def test_the_compiler_agrees_and_is_asked_once():
 @pytest.mark.slow
 def test_the_compiler_takes_derivatives_inside_the_field():
     agree(divergence, randn(4, 3), TIMES[[0, -1]], [WEIGHT], compiler=torch.enable_grad, solver=Bosh3(), rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_compiler_takes_tensors_as_they_lie_in_memory():
+    weight, bias = randn(2, 3).t().requires_grad_(), randn(1, 2).expand(4, 2)
+    found = []
+    for compile in (False, True):
+        y0 = randn(2, 4).t() if not found else found[0][0]
+        with torch.inference_mode() if compile else torch.no_grad():
+            value = solve_ode(
+                lambda t, y: (torch.tanh(y @ weight.t() + 1) @ weight * bias).t().contiguous().t(),
+                y0,
+                TIMES,
+                solver=Bosh3(),
+                rtol=1e-3,
+                compile=compile,
+            ).value
+        found.append((y0, value))
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-12, atol=1e-12)
