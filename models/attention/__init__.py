@@ -2,5 +2,7 @@
 
 from .crf import CRF
 from .sparse import SparseAttention
+from .structured import StructuredAttention
+from .structured_latent import StructuredLatent
 
-__all__ = ["CRF", "SparseAttention"]
+__all__ = ["CRF", "SparseAttention", "StructuredAttention", "StructuredLatent"]

@@ -156,6 +156,17 @@ class Structured(abc.ABC):
         self._exists(self.log_partition)
         return self._score(indicators) - self.log_partition
 
+    def indicators(self, structure: Any) -> Any:
+        """One for the parts that a structure uses, zero for others, in the layout of the marginals.
+
+        Args:
+            structure: one per sample, as `argmax` returns them.
+
+        Raises:
+            ValueError: it has another shape, or names parts that there are not.
+        """
+        return self._pack(self._encode(structure))
+
     def kl(self, other: Structured) -> Float[Tensor, " batch"]:
         """Kullback-Leibler divergence of `other` from this distribution, E[log p - log q], (batch,) in nats.
 
