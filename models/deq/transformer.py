@@ -79,8 +79,9 @@ class AddPosition(nn.Module):
 class DEQViT(PooledClassifier):
     """Image classifier whose features are the rest point of a transformer block: a vision transformer of any depth.
 
-    Patches become the injection x; the features are z = f(z, x) with the `TokenCell` of timm's blocks, found from
-    z = 0; the head is average pooling and one linear layer. Images may have any size that the patch divides.
+    A 3 x 3 convolution and patches of it make the injection x; the features are z = f(z, x) with the `TokenCell` of
+    timm's blocks, found from z = 0; the head is average pooling and one linear layer. Images may have any size that
+    the patch divides.
 
     Args:
         num_classes: 0 leaves the classifier out.
@@ -100,8 +101,8 @@ class DEQViT(PooledClassifier):
     Raises:
         ValueError: the channels do not divide as they must.
 
-    Source: Dosovitskiy et al. 2021 (patches); Bai, Kolter and Koltun 2019 (the transformer at its rest point); the
-    block is timm's `vision_transformer.Block`.
+    Source: Dosovitskiy et al. 2021 (patches); Xiao et al. 2021 (a convolution before them); Bai, Kolter and Koltun
+    2019 (the transformer at its rest point); the block is timm's `vision_transformer.Block`.
     """
 
     input_layers = ("stem.0",)
@@ -137,7 +138,11 @@ class DEQViT(PooledClassifier):
         self.feature_info = [{"num_chs": channels, "reduction": patch, "module": "deq"}]
         norm_x = LayerNorm2d(channels)
         nn.init.constant_(norm_x.weight, gain)
-        self.stem = nn.Sequential(nn.Conv2d(in_chans, channels, patch, stride=patch), AddPosition(), norm_x)
+        early = channels // 2
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_chans, early, 3, padding=1), LayerNorm2d(early), nn.GELU(),
+            nn.Conv2d(early, channels, patch, stride=patch), AddPosition(), norm_x,
+        )  # fmt: skip
         blocks = [Block(channels, heads, mlp_ratio, qkv_bias=True, init_values=layer_scale) for _ in range(depth)]
         for block in blocks:
             # Fused attention has no second derivative and no forward one, which diagnosis and order=2 need.
