@@ -54,22 +54,22 @@ Y0 = torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=F64)
 
 @DIRECTION
 @PER_SAMPLE
-@pytest.mark.parametrize("solver", [Bosh3(), Tsit5(), Kvaerno3()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("solver", [Bosh3(), Tsit5()], ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize(
     "controller", [PIDController, PIController, IController, lambda **k: PIDController(p=0.3, i=0.3, d=0.1, **k)],
     ids=["PID", "PI", "I", "all gains"],
 )  # fmt: skip
 def test_the_error_follows_the_tolerance(controller, solver, per_sample, sign):
     errors, steps = [], []
-    for rtol in (1e-3, 1e-6):
+    for rtol in (1e-2, 1e-5):
         control = controller(per_sample=per_sample)
         solution = solve_ode(oscillate, Y0, (0.0, sign * 3), solver=solver, controller=control, rtol=rtol, atol=rtol)
         exact = math.cos(3.0), math.sin(sign * 3.0)
         turned = torch.stack([Y0[:, 0] * exact[0] + Y0[:, 1] * exact[1], Y0[:, 1] * exact[0] - Y0[:, 0] * exact[1]], 1)
         errors.append(float((solution.value[-1] - turned).abs().max()))
         steps.append(int(solution.stats.accepted.max()))
-    assert errors[0] < 0.05
-    assert errors[1] < 1e-4
+    assert errors[0] < 0.1
+    assert errors[1] < 1e-3
     assert errors[1] < 0.05 * errors[0]
     assert steps[1] > 1.5 * steps[0]
 
