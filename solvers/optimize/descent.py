@@ -82,7 +82,7 @@ def _search(
         new = energy.value(there)
         # Near the minimum the fall drowns in rounding errors, and the slope has to tell.
         enough = new <= value + DECREASE * share * fall + rounding
-        enough = searching & enough & ~torch.isnan(new)
+        enough = searching & enough & ~torch.isnan(new) & (there != y).any(1)
         doubtful = enough & (new > value + DECREASE * share * fall)
         if any_true(doubtful):
             smaller = norms(energy.both(there)[1]) < norms(slope)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..options import require
 from ..solution import Solution, Stats
-from ..transforms import autocast_to, inside_transform, not_compiled
+from ..transforms import any_true, autocast_to, inside_transform, not_compiled
 from .central_path import CentralPath
 from .pdhg import PDHG, Constraints, iterate
 from .quadratic import Certificate, Duals, QPSolution, make_limits, solve_program
@@ -106,7 +106,7 @@ class _Vertex(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
-        if tangents[1] is not None and bool((tangents[1] != 0).any()):
+        if tangents[1] is not None and any_true(tangents[1] != 0):
             raise RuntimeError(_REFUSAL)
         return tangents[0]
 

@@ -124,8 +124,10 @@ class Constraints:
             size = size / (by_row[i] * by_column[j])
             rows, columns = rows * by_row, columns * by_column
         values = values / (rows[i] * columns[j])
-        there = torch.sparse_coo_tensor(torch.stack([i, j]), values, C.shape).to_sparse_csr()
-        back = torch.sparse_coo_tensor(torch.stack([j, i]), values, (C.shape[1], C.shape[0])).to_sparse_csr()
+        there = torch.sparse_coo_tensor(torch.stack([i, j]), values, C.shape, check_invariants=False).to_sparse_csr()
+        back = torch.sparse_coo_tensor(
+            torch.stack([j, i]), values, C.shape[::-1], check_invariants=False
+        ).to_sparse_csr()
         return cls(lambda x: (there @ x.mT).mT, lambda v: (back @ v.mT).mT, rows, columns)
 
 

@@ -64,7 +64,7 @@ class _SaddleSolve(torch.autograd.Function):
         x, y, error = saddle.solve(r / size, d / rows)
         if any_true(error > 1e-11):
             hard = (error > 1e-11).nonzero().flatten()
-            x, y, error = saddle.with_hard(hard).solve(r / size, d / rows, x, y)
+            x, y, error = saddle.with_hard(hard).solve(r / size, d / rows)
             loose = error > LOOSE
             if bool(loose.any()):
                 warnings.warn(

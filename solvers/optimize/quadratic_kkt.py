@@ -107,10 +107,11 @@ class Saddle:
         left = r - Qu - Cv
         taking = torch.isfinite(self.W)
         below = torch.where(taking, d - Cu + torch.where(taking, self.W, 0.0) * v, 0.0)
-        scale = (norms(r) + norms(Qu) + norms(Cv)).clamp_min(torch.finfo(u.dtype).tiny)
-        # Where the equations leave u no freedom it is zero, but for rounding errors of what pulls at it.
-        scale_below = norms(torch.where(taking, d, 0.0)) + norms(u) + norms(r)
-        relative = norms(left) / scale + norms(below) / scale_below.clamp_min(torch.finfo(u.dtype).tiny)
+        # One scale for both: where one side of the system is zero, only rounding errors of the other are left of it.
+        scale = (
+            norms(r) + norms(torch.where(taking, d, 0.0)) + norms(Qu) + norms(Cv) + norms(torch.where(taking, Cu, 0.0))
+        )
+        relative = (norms(left) + norms(below)) / scale.clamp_min(torch.finfo(u.dtype).tiny)
         return left, below, relative
 
     def correct(self, left: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
