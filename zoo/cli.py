@@ -21,6 +21,7 @@ from .predict import predict_files
 from .registry import architectures, cards, list_models, load_card, resolve
 from .results import main_metric, result
 from .tables import comma_separated, flatten, markdown, table
+from .tag import Tagged, predict_sentences
 
 PAGE = """# Results
 
@@ -108,11 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "predict",
         _predict,
-        "classify image files",
+        "classify image files, or tag sentences",
         "restpoint predict conv_deq_small.mnist digit.png --top 3",
     )
     sub.add_argument("name", help="architecture.tag, or local-dir:DIR")
-    sub.add_argument("files", nargs="+", help="image files")
+    sub.add_argument("files", nargs="+", help="image files; for a tagger sentences in quotes")
     sub.add_argument("--top", type=_positive, default=1, help="how many classes to give for each (default 1)")
 
     sub = command(
@@ -206,6 +207,8 @@ def _info(options: argparse.Namespace) -> int:
 def _predict(options: argparse.Namespace) -> int:
     card = load_card(options.name)
     model = create_model(options.name, pretrained=True).eval()
+    if card.task == "tagging":
+        return _tag(predict_sentences(model, card, options.files), options.json)
     results = list(predict_files(model, card, options.files, top=options.top))
     if options.json:
         print(json.dumps([dataclasses.asdict(r) for r in results], indent=2))
@@ -223,6 +226,16 @@ def _predict(options: argparse.Namespace) -> int:
     if failed:
         print(f"restpoint: {len(failed)} of {len(results)} files were skipped", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _tag(results: Sequence[Tagged], as_json: bool) -> int:
+    if as_json:
+        print(json.dumps([dataclasses.asdict(r) for r in results], indent=2))
+        return 0
+    for r in results:
+        rows = zip(r.words, r.tags, r.probabilities, strict=True)
+        print(table([{"word": word, "tag": tag, "probability": f"{share:.1%}"} for word, tag, share in rows]))
+    return 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
