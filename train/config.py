@@ -17,13 +17,15 @@ class ModelConfig:
         name: an architecture, or with a tag and `pretrained` a model of the zoo to start from.
         arguments: of its builder. A solver is written {$class: Anderson, memory: 4}.
         training: arguments that hold in training only, such as a cheaper adjoint; evaluation and export leave them out.
-        pretrained: start from the zoo's weights.
+        pretrained: start from the weights that the name stands for, of the zoo or of a `local-dir:DIR`.
+        freeze: patterns of parameters that keep their values, such as "stem.*"; "backbone" is all but the classifier.
     """
 
     name: str = "conv_deq_tiny"
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     pretrained: bool = False
+    freeze: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -38,6 +40,12 @@ class DataConfig:
         batch_size: images a training step, of all processes together.
         eval_batch_size: images a batch of evaluation.
         augment: random affine changes of the training images, or None.
+        mixup: options of timm.data.Mixup, such as {mixup_alpha: 0.2, cutmix_alpha: 1.0}; None mixes nothing.
+        shape: of an image_folder's images as the model gets them: channels, height, width; None for those that a
+            pretrained model was trained with, or else (3, 32, 32).
+        transform: of an image_folder's training images: options of timm.data.create_transform, such as
+            {scale: [0.5, 1.0], hflip: 0.5, auto_augment: rand-m9}; None only resizes.
+        workers: processes that read an image_folder's files ahead.
     """
 
     name: str = "digits"
@@ -45,6 +53,10 @@ class DataConfig:
     batch_size: int = 128
     eval_batch_size: int = 500
     augment: Affine | None = None
+    mixup: dict[str, Any] | None = None
+    shape: tuple[int, int, int] | None = None
+    transform: dict[str, Any] | None = None
+    workers: int = 0
 
 
 @dataclasses.dataclass
@@ -60,6 +72,8 @@ class OptimizerConfig:
         schedule: of timm's schedules.
         warmup_epochs: epochs over which the learning rate rises from nearly zero.
         min_lr: where the schedule ends.
+        layer_decay: each group of layers learns this many times as fast as the one after it, down to the first; None
+            for one speed. What is nearest to the image changes least.
         arguments: further ones of the optimiser.
     """
 
@@ -71,6 +85,7 @@ class OptimizerConfig:
     schedule: str = "cosine"
     warmup_epochs: float = 0.0
     min_lr: float = 0.0
+    layer_decay: float | None = None
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 

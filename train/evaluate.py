@@ -9,7 +9,7 @@ from torch import nn
 from ..solvers.options import suggest
 from ..zoo import create_model
 from ..zoo.factory import Blueprint
-from .data import Batches, DataError, PointSource, TaggedSource, load_data
+from .data import Batches, DataError, FolderSource, Source, load_data
 from .tasks import DensityEstimation, ImageClassification, SequenceTagging, Task
 
 # By the registry's word for what a model does; a new task is one line here.
@@ -55,7 +55,9 @@ def evaluate_model(
     if kind not in TASKS:
         raise DataError(f"There is no task {kind!r}.{suggest(kind, list(TASKS))} Known: {', '.join(TASKS)}.")
     source = load_data(data, data_dir)
-    if isinstance(source, PointSource | TaggedSource):
+    if isinstance(source, FolderSource):
+        source = source.fitted(None, card.input if card is not None else None)
+    if not isinstance(source, Source):
         return TASKS[kind].evaluate(model, source.test_batches(batch_size, limit, _device(model)))
     mean, std = (card.input.mean, card.input.std) if card is not None and card.input else (source.mean, source.std)
     images = source.test if limit is None else source.test.take(slice(limit))

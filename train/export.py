@@ -12,14 +12,14 @@ from ..zoo.factory import Blueprint
 from ..zoo.files import write_atomically
 from ..zoo.weights import pack_weights
 from .config import Config
-from .data import PointSource, Source, TaggedSource
+from .data import AnySource
 
 
 def export(
     model: nn.Module,
     folder: Path,
     config: Config,
-    source: Source | PointSource | TaggedSource,
+    source: AnySource,
     metrics: dict[str, float],
     command: str,
 ) -> Path:

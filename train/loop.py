@@ -32,10 +32,11 @@ from .checkpoint import (
 )
 from .config import Config
 from .curves import Curves, Pace, describe, in_words
-from .data import PointSource, Source, TaggedSource, load_data
+from .data import AnySource, FolderSource, load_data
 from .data.batches import part_of
 from .errors import Interrupted, TrainingError
 from .export import export
+from .finetune import check_fit, freeze, input_of
 from .folder import RunFolder
 from .interrupt import Interrupt
 from .objective import Objective, compile_inner
@@ -94,7 +95,9 @@ def _train(
         raise TrainingError(f"{folder.path} holds no checkpoint to go on from: --resume auto would begin.")
 
     # Data
-    source: Source | PointSource | TaggedSource = load_data(config.data.name, config.data_dir)
+    source: AnySource = load_data(config.data.name, config.data_dir)
+    if isinstance(source, FolderSource):
+        source = source.fitted(config.data.shape, input_of(config.model))
     batches, held_out = split_batches(config, source, str(parallel.device))
 
     # Model: `shipped` is what evaluation and export see, with the averaged weights and the solver of `arguments`.
@@ -106,9 +109,12 @@ def _train(
         shipped = create_model(config.model.name, **arguments).to(parallel.device)
     except (TypeError, ValueError) as error:
         raise TrainingError(f"The model {config.model.name} cannot be built as the recipe says: {error}") from error
+    check_fit(config, model, source)
+    freeze(model, config.model.freeze)
     config.task.prepare(model, source)
     model = model.to(parallel.device)
-    log.info("%s: %d parameters", config.name, sum(p.numel() for p in model.parameters()))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log.info("%s: %d parameters, %d of them trained", config.name, sum(p.numel() for p in model.parameters()), trained)
     if config.compile:
         compile_inner(model)
     ema = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema is not None else None
@@ -117,19 +123,23 @@ def _train(
     parallel.shard(objective, *([] if ema is None else [averaged]))
 
     # Optimiser and schedule
-    optimizer = create_optimizer_v2(
-        model, config.optimizer.name, config.optimizer.lr, config.optimizer.weight_decay, **config.optimizer.arguments
-    )
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        config.optimizer.schedule,
-        num_epochs=config.epochs,
-        warmup_epochs=config.optimizer.warmup_epochs,  # type: ignore[arg-type]
-        warmup_lr=config.optimizer.lr / 100,
-        min_lr=config.optimizer.min_lr,
-        step_on_epochs=False,
-        updates_per_epoch=len(batches),
-    )
+    try:
+        optimizer = create_optimizer_v2(
+            model, config.optimizer.name, config.optimizer.lr, config.optimizer.weight_decay,
+            layer_decay=config.optimizer.layer_decay, **config.optimizer.arguments,
+        )  # fmt: skip
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            config.optimizer.schedule,
+            num_epochs=config.epochs,
+            warmup_epochs=config.optimizer.warmup_epochs,  # type: ignore[arg-type]
+            warmup_lr=config.optimizer.lr / 100,
+            min_lr=config.optimizer.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=len(batches),
+        )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise TrainingError(f"The optimiser or its schedule cannot be made as the recipe says: {error}") from error
     scaler = torch.amp.GradScaler(parallel.device.type, enabled=config.autocast == "float16")
 
     # Where the run is: all of it is in a checkpoint, and what else the run depends on is a function of it.
@@ -182,6 +192,8 @@ def _train(
             found = json.dumps(config.task.evaluate(shipped, held_out)).encode()
         return dict(json.loads(parallel.spread(found)))
 
+    if config.model.pretrained and config.data.validation and step == 0:
+        log.info("before: %s", in_words(measure(), 5))
     curves, pace = Curves(folder.path, step, parallel.first), Pace(parallel.device)
     metrics: dict[str, float] = {}
     while epoch < config.epochs:

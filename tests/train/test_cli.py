@@ -14,7 +14,7 @@ def test_every_shipped_recipe_is_valid_and_named_after_its_model(recipe):
     config = parse([f"--config={recipe}"])
     assert isinstance(config, Config)
     assert config.name.replace(".", "_") == recipe.stem
-    assert config.name.partition(".")[0] == config.model.name
+    assert config.name.partition(".")[0] == config.model.name.partition(".")[0]
 
 
 def test_defaults_recipe_and_overrides(tmp_path):

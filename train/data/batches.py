@@ -12,6 +12,8 @@ from .augment import Affine
 from .source import ImageSet
 
 Batch = tuple[Float[Tensor, "batch channels height width"], Int[Tensor, " batch"]]
+# Labels are shares of classes.
+Mixed = tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch classes"]]
 
 
 class Batches:

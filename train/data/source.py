@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Int, UInt8
 from torch import Tensor
@@ -42,6 +42,43 @@ class ImageSet:
         return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices])
 
 
+@runtime_checkable
+class AnySource(Protocol):
+    """What a run asks of a data set of any kind: batches to train on and to measure, and what a card says of them.
+
+    What is not a `Source` or `FolderSource` also has `batches(batch_size, eval_batch_size, validation, seed, device)`,
+    the training batches and those to measure, and `test_batches(batch_size, limit, device)`. Batches have a length,
+    `rows(place)`, how many examples batch `place` of an epoch has, and `epoch(index, start, rank, world)`, the batches
+    of an epoch from `start` on, of each the part of process `rank` of `world`, all a function of the seed.
+
+    Attributes:
+        name: by which recipes and cards call it.
+        split: its parts in words.
+        licence: of the data.
+        citation: where they come from.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def split(self) -> str: ...  # noqa: D102
+
+    @property
+    def licence(self) -> str: ...  # noqa: D102
+
+    @property
+    def citation(self) -> str: ...  # noqa: D102
+
+    @property
+    def model_arguments(self) -> dict[str, int]:
+        """What the data say about a model."""
+
+    @property
+    def card_fields(self) -> dict[str, Any]:
+        """What the data say on a card."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A data set with its fixed split and its papers.
@@ -66,6 +103,16 @@ class Source:
     split: str
     licence: str
     citation: str
+
+    def __post_init__(self) -> None:
+        for part, data in (("training", self.train), ("test", self.test)):
+            outside = ((data.labels < 0) | (data.labels >= len(self.classes))).nonzero().flatten()
+            if len(outside):
+                first = int(outside[0])
+                raise DataError(
+                    f"{self.name}: {part} image {first} has the label {int(data.labels[first])}, and there are "
+                    f"{len(self.classes)} classes, 0 to {len(self.classes) - 1}."
+                )
 
     @property
     def model_arguments(self) -> dict[str, int]:

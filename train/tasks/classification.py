@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...solvers import Solution
 from ...solvers.diagnose import jacobian_penalty, spectral_radius
 from ...solvers.options import options
-from ..data.batches import Batch
+from ..data.batches import Batch, Mixed
 from ..regularise import growth_penalty
 from .task import Outcome, Task
 
@@ -49,7 +49,7 @@ class ImageClassification(Task):
     kind = "image-classification"
     metric = "accuracy"
 
-    def losses(self, model: nn.Module, batch: Batch, step: int) -> Outcome:
+    def losses(self, model: nn.Module, batch: Batch | Mixed, step: int) -> Outcome:
         """Cross-entropy and penalties of a batch."""
         images, labels = batch
         if not _is_equilibrium(model):
@@ -103,7 +103,7 @@ class ImageClassification(Task):
         result = {"accuracy": hits / count, "cross_entropy": entropy / count}
         return {**result, **_solve_statistics(solutions)} if solutions else result
 
-    def diagnose(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+    def diagnose(self, model: nn.Module, batch: Batch | Mixed) -> dict[str, float]:
         """For equilibrium models the spectral radius of the cell at the rest points of the batch's first images.
 
         Returns:
