@@ -14,7 +14,7 @@ from ...transforms import no_derivatives
 from ..problem import Problem
 from .attempt import RUNNING, Chunk, FunctionalRhs, Plan, Position, flat_attempt
 from .fingerprint import Fingerprint
-from .loop import Loop, is_interpreted
+from .loop import Loop, current_mode
 from .pull import Pullback, Pulled, used
 from .reasons import Unfit
 
@@ -48,7 +48,7 @@ class Engine:
             Unfit: it cannot be compiled.
         """
         y, device = problem.y0, problem.y0.device
-        self._inner, self._compiled = inner, not is_interpreted()
+        self._inner, self._mode = inner, current_mode()
         capacity = max(1, min(_LONGEST, _CHUNK // max(y.numel() * y.element_size(), 1)))
         slots = capacity if problem.dense else min(capacity, inner)
         control, rhs = problem.controller, self._rhs(problem, args)
@@ -65,7 +65,7 @@ class Engine:
             here = self.start(y, trial.carry, float(time), 0.0)
             fixed = [self.setting(problem), *self.chunk(y, trial.carry).flat()]
             self.forward = Loop(
-                flat_attempt(self.plan, rhs), here.flat(), fixed, known, range(1, len(fixed)), self._compiled
+                flat_attempt(self.plan, rhs), here.flat(), fixed, known, range(1, len(fixed)), self._mode
             )
         self._backward: dict[Hashable, tuple[Loop, list[bool]] | Unfit] = {}
 
@@ -145,7 +145,7 @@ class Engine:
         with no_derivatives():
             after = self.end(problem.y0, tuple(part[0] for part in chunk.carry), wanted)
             fixed = [*self.dense_bars(problem.y0), *chunk.flat()]
-            return Loop(pullback.flat(), after.flat(), fixed, known, compiled=self._compiled), reached
+            return Loop(pullback.flat(), after.flat(), fixed, known, mode=self._mode), reached
 
     def end(self, y_bar: Tensor, carry: tuple[Tensor, ...], shared: Sequence[Tensor]) -> Pulled:
         """The cotangents at the end of a solve."""
@@ -186,7 +186,7 @@ def engine_for(problem: Problem, args: tuple[object, ...], seen: Fingerprint) ->
         torch.get_default_dtype(),
         torch.get_num_threads(),
         torch.get_float32_matmul_precision(),
-        is_interpreted(),
+        current_mode(),
     )
     known = [*seen.tensors, *([] if columns is None else [columns])]
     with _lock:

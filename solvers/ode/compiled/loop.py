@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import enum
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,24 +16,40 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from .reasons import Unfit
+from .replayed import Replayed
 from .trace import Traced, first_line, trace
 
-_interpreted = contextvars.ContextVar("interpreted", default=False)
+
+class Mode(enum.Enum):
+    """How loops run.
+
+    Attributes:
+        COMPILED: by programs of inductor: on a CPU a loop in C++, on a GPU a pass that is replayed as a CUDA graph.
+        INTERPRETED: their traced graphs, one operation after another.
+        REPLAYED: as on a GPU, but for compilation and capture.
+    """
+
+    COMPILED = enum.auto()
+    INTERPRETED = enum.auto()
+    REPLAYED = enum.auto()
+
+
+_mode = contextvars.ContextVar("mode", default=Mode.COMPILED)
 
 
 @contextlib.contextmanager
-def interpreted() -> Iterator[None]:
-    """Solves inside run their traced graphs one operation after another, as a test of these or to look for a fault."""
-    token = _interpreted.set(True)
+def interpreted(mode: Mode = Mode.INTERPRETED) -> Iterator[None]:
+    """Solves inside are traced and not compiled, to test them or to look for a fault."""
+    token = _mode.set(mode)
     try:
         yield
     finally:
-        _interpreted.reset(token)
+        _mode.reset(token)
 
 
-def is_interpreted() -> bool:
-    """Whether solves do so."""
-    return _interpreted.get()
+def current_mode() -> Mode:
+    """How loops that are made now will run."""
+    return _mode.get()
 
 
 class Loop:
@@ -45,7 +62,7 @@ class Loop:
         fixed: Sequence[Tensor],
         known: Sequence[Tensor],
         written: range = range(0),
-        compiled: bool = True,
+        mode: Mode = Mode.COMPILED,
     ) -> None:
         """Trace and compile.
 
@@ -54,22 +71,52 @@ class Loop:
             carried, fixed: such as the loop will be given.
             known: other tensors that the body may use.
             written: which of the fixed ones the body writes to.
-            compiled: whether to compile the traced graph, or to run it one operation after another.
+            mode: how it is to run.
 
         Raises:
             Unfit: the body cannot be traced, or not be compiled here.
         """
-        condition, body = functions
-        traced = trace(body, [*carried, *fixed], known)
+        self._functions, self._count, self._written, self._mode = functions, len(carried), written, mode
+        self._run: Callable[..., Sequence[Tensor]]
+        inputs = [*carried, *fixed]
+        if mode is Mode.REPLAYED or (mode is Mode.COMPILED and inputs[0].is_cuda):
+            self._run = self._replayed(inputs, known)
+        else:
+            self._run = self._looped(inputs, known)
+        del self._functions
+
+    def _looped(self, inputs: list[Tensor], known: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+        """The loop as part of the program."""
+        condition, body = self._functions
+        traced = trace(body, inputs, known)
         self._places, self._constants = traced.places, traced.constants
-        count = len(self._places) + len(self._constants)
+        count = len(inputs)
 
         def test(*tensors: Tensor) -> Tensor:
-            return condition(*tensors[: len(tensors) - count])
+            return condition(*tensors[:count])
 
-        inputs = [*carried, *fixed, *self._further(known)]
-        program = _program(trace(test, inputs, ()), traced, len(carried), len(inputs), written)
-        self._run = _compiled(program, inputs) if compiled else program
+        inputs = [*inputs, *self._further(known)]
+        program = _program(trace(test, inputs, ()), traced, self._count, len(inputs), self._written)
+        return _compiled(program, inputs) if self._mode is Mode.COMPILED else program
+
+    def _replayed(self, inputs: list[Tensor], known: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+        """A pass as the program, which is replayed."""
+        condition, body = self._functions
+        count = self._count
+
+        def once(*tensors: Tensor) -> tuple[Tensor, ...]:
+            goes_on = condition(*tensors)
+            new = [torch.where(goes_on, new, old) for new, old in zip(body(*tensors), tensors[:count])]
+            return (*new, condition(*new, *tensors[count:]))
+
+        traced = trace(once, inputs, known)
+        self._places, self._constants = traced.places, traced.constants
+        inputs = [*inputs, *self._further(known)]
+        program = _compiled(traced.graph, inputs) if self._mode is Mode.COMPILED else traced.graph
+        try:
+            return Replayed(program, count, inputs, self._written)
+        except RuntimeError as error:
+            raise Unfit(f"its steps cannot be captured as a CUDA graph: {first_line(error)}") from error
 
     def __call__(self, carried: Sequence[Tensor], fixed: Sequence[Tensor], known: Sequence[Tensor]) -> list[Tensor]:
         """The carried tensors when the condition holds no more."""

@@ -67,11 +67,11 @@ class Pullback:
         """The cotangents before a step from those after it.
 
         Args:
-            after: the latter.
+            after: the latter; if no steps are left, what comes out means nothing.
             chunk: with the step in row `after.left - 1`.
             dense_bars: cotangents (slots + 1, p + 1, batch, n) of dense outputs, the last ones zero; if there are any.
         """
-        plan, row = self.plan, (after.left - 1).unsqueeze(0)
+        plan, row = self.plan, (after.left - 1).clamp(min=0).unsqueeze(0)
         entry, y, *carry = (x.index_select(0, row).squeeze(0) for x in [chunk.log, chunk.y, *chunk.carry])
         t, h, slot = entry.unbind()
         with torch.enable_grad():

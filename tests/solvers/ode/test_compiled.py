@@ -25,7 +25,7 @@ from restpoint.solvers.ode import (
     solve_ode,
 )
 from restpoint.solvers.ode.compiled import engine
-from restpoint.solvers.ode.compiled.loop import interpreted
+from restpoint.solvers.ode.compiled.loop import Mode, interpreted
 from restpoint.solvers.solution import SolverError, Status
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
@@ -124,6 +124,20 @@ def test_more_steps_than_fit_into_one_chunk():
             compile=True,
         )
     torch.testing.assert_close(again.value, compiled.value)
+
+
+@pytest.mark.parametrize("t", [TIMES, TIMES[[0, -1]]], ids=["outputs", "ends"])
+def test_passes_that_are_replayed_as_on_a_gpu(t):
+    agree(network, randn(4, 3), t, [WEIGHT], compiler=lambda: interpreted(Mode.REPLAYED), solver=Bosh3())
+    agree(
+        lambda t, y: y @ WEIGHT,
+        randn(2, 3),
+        t,
+        [WEIGHT],
+        compiler=lambda: interpreted(Mode.REPLAYED),
+        solver=Euler(),
+        controller=ConstantController(dt=2 / 300),
+    )
 
 
 def test_states_of_any_structure_and_quadratures():
