@@ -39,7 +39,17 @@ EXTRAS = {
         "types-tqdm",
     ],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
-    "bench": ["diffrax>=0.6", "entmax>=1.3", "jax>=0.4.30", "torchdeq>=0.1", "torchdyn>=1.0.6", "torchode>=1.0"],
+    "bench": [
+        "cvxpylayers>=1.0",
+        "diffrax>=0.6",
+        "entmax>=1.3",
+        "jax>=0.4.30",
+        "proxsuite>=0.7",
+        "qpth>=0.0.18",
+        "torchdeq>=0.1",
+        "torchdyn>=1.0.6",
+        "torchode>=1.0",
+    ],
 }
 
 
