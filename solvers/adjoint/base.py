@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class RestPointAdjoint(Adjoint):
         rows = healthy_rows(task.problem, carry)
         if rows is None:
             value = self.attach(task.problem, z, carry, task.report)
-            broken = carry.status == Status.NON_FINITE
+            broken = carry.status == int(Status.NON_FINITE)
             if any_true(broken):
                 # Whatever was recorded for them, their value is the one that the solve left them with.
                 value = torch.where(broken.unsqueeze(1), z, value)
@@ -130,21 +130,47 @@ def spread(stats: Stats, rows: Tensor, batch: int) -> Stats:
 
 
 class Witness:
-    """Notices an argument that was changed in place before the backward pass computes with it again.
+    """Notices a tensor that was changed in place before the backward pass computes with it again.
 
-    Autograd watches over the tensors that it has saved; what recomputes has saved none.
+    Autograd watches over the tensors that it has saved; what recomputes has saved none. Watched are the args, what the
+    function closes over, and the leaves that its derivative reaches. What the function itself changes is its own.
     """
 
     def __init__(self, problem: Problem) -> None:
-        self.tensors = [leaf for leaf in pytree.tree_leaves(problem.args) if isinstance(leaf, Tensor)]
-        self.versions = [tensor._version for tensor in self.tensors]
+        # Later than this module, which trajectories import for the adjoints that they share with rest points.
+        from ..ode.externals import clock, constants
+
+        held = [*pytree.tree_leaves(problem.args), *constants(problem.function)]
+        self._versions: dict[int, tuple[Tensor, int]] = {}
+        self._watch(held)
+        self._clock = clock()
+        self._armed = False
+
+    def _watch(self, things: Iterable[object]) -> None:
+        for thing in things:
+            # A tensor of inference mode has no version, and cannot be changed outside of it.
+            if isinstance(thing, Tensor) and not thing.is_inference():
+                self._versions.setdefault(id(thing), (thing, thing._version))
+
+    def see(self, recorded: Tensor) -> None:
+        """Watch the leaves that a recording reaches, too, in the forward pass."""
+        from ..ode.externals import leaves_since
+
+        if not self._armed:
+            self._watch(leaves_since(recorded, self._clock))
+
+    def arm(self) -> None:
+        """From now on nothing may change: the forward pass is over."""
+        self._versions = {key: (t, version) for key, (t, version) in self._versions.items() if t._version == version}
+        self._armed = True
 
     def check(self) -> None:
         """Raise RuntimeError if one was."""
-        if [tensor._version for tensor in self.tensors] != self.versions:
+        if self._armed and any(tensor._version != version for tensor, version in self._versions.values()):
             raise RuntimeError(
-                "one of the args was changed in place between the forward pass and the backward pass, which computes "
-                "with it again: the gradient would be wrong."
+                "one of the args, or a tensor that the function closes over, or a parameter was changed in place "
+                "between the forward pass and the backward pass, which computes with it again: the gradient would be "
+                "wrong."
             )
 
 

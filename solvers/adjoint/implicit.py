@@ -176,8 +176,7 @@ class _First(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "A second backward pass through ImplicitAdjoint(order=2) was asked to build a graph "
-                "(create_graph=True), but it has no third derivative; torch.func, UnrollAdjoint() and PhantomAdjoint() "
-                "do."
+                "(create_graph=True), but it has no third derivative; torch.func's transforms and UnrollAdjoint() do."
             )
         return grads[0], None
 
@@ -296,7 +295,8 @@ def _complain(solution: Solution[Tensor], loose: Tensor) -> None:
 def _reaches_beyond(out: Tensor, leaf: Tensor) -> bool:
     """Whether the recording depends on anything that requires grad beside `leaf`."""
     if out.grad_fn is None:
-        return False
+        # A function may return one of its inputs as it is.
+        return out.requires_grad and out is not leaf
     seen, pending = set(), [out.grad_fn]
     while pending:
         node = pending.pop()

@@ -99,6 +99,7 @@ class ReversibleSteps(Adjoint):
             carry = advance(problem, task.solver, task.budget, carry)
             if carry.running():
                 walk.record(before, carry.z.detach(), carry.active)
+        walk.witness.arm()
         return settle(carry)
 
 
@@ -123,6 +124,8 @@ class _Replayed(Problem):
         entry.z = None
         if image.requires_grad:
             index, walk = entry.index, self.walk
+            if index == 0:
+                walk.witness.see(image)
             image.register_hook(lambda grad: walk.weigh(index, grad))
         return image, image - z
 
@@ -165,14 +168,14 @@ class _Walk:
         self.image: tuple[int, Tensor] | None = None
         self.heaviest, self.weight = torch.zeros_like(z0[:, 0]), torch.zeros_like(z0[:, 0])
 
-    def weigh(self, index: int, grad: Tensor) -> None:
-        """Note the size of the gradient that arrives at evaluation `index`."""
+    def weigh(self, index: int, grad: Tensor | None) -> None:
+        """Note the size of the gradient that arrives at evaluation `index`; None for one that is zero."""
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "A backward pass through ReversibleAdjoint was asked to build a graph (create_graph=True), but it has "
                 "first derivatives only; choose ImplicitAdjoint(order=2) or UnrollAdjoint()."
             )
-        size = norms(grad)
+        size = torch.zeros_like(self.weight) if grad is None else norms(grad)
         self.heaviest = size if index >= len(self.moved) - 1 else torch.maximum(self.heaviest, size)
         self.weight = size
 

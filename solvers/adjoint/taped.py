@@ -54,13 +54,14 @@ class CheckpointedSteps(Adjoint):
     def _segments(self, task: Task) -> Carry:
         with no_derivatives():
             count = task.run(compact=False).count
-        carry = task.start()
+        carry, witness = task.start(), Witness(task.problem)
         if self.knobs.recursive:
-            return settle(_halve(task, carry, count))
-        segments = min(self.knobs.segments or math.isqrt(count - 1) + 1, count)
-        ends = [count * (i + 1) // segments for i in range(segments)]
-        for end in ends:
-            carry = _replayed(_steps, task, carry, end)
+            carry = _halve(task, carry, count, witness)
+        else:
+            segments = min(self.knobs.segments or math.isqrt(count - 1) + 1, count)
+            for i in range(segments):
+                carry = _replayed(_steps, task, carry, count * (i + 1) // segments, witness)
+        witness.arm()
         return settle(carry)
 
 
@@ -75,33 +76,38 @@ def _taped(task: Task, run: Any) -> Carry:
     return dataclasses.replace(carry, value=value)
 
 
-def _steps(task: Task, carry: Carry, end: int) -> Carry:
+def _steps(task: Task, carry: Carry, end: int, witness: Witness) -> Carry:
     while carry.count < end and carry.running():
+        first = carry.count == 0
         carry = advance(task.problem, task.solver, task.budget, carry)
+        if first:
+            witness.see(carry.z)
     return carry
 
 
-def _halve(task: Task, carry: Carry, end: int) -> Carry:
+def _halve(task: Task, carry: Carry, end: int, witness: Witness) -> Carry:
     """Both halves are checkpointed, and inside each again both halves: log2(steps) states are alive at a time."""
     if end - carry.count <= 1 or not carry.running():
-        return _steps(task, carry, end)
+        return _steps(task, carry, end, witness)
     middle = (carry.count + end) // 2
-    carry = _replayed(_halve, task, carry, middle)
-    return _replayed(_halve, task, carry, end)
+    carry = _replayed(_halve, task, carry, middle, witness)
+    return _replayed(_halve, task, carry, end, witness)
 
 
-def _replayed(run: Callable[[Task, Carry, int], Carry], task: Task, carry: Carry, end: int) -> Carry:
-    """run(task, carry, end), recomputed in the backward pass.
+def _replayed(
+    run: Callable[[Task, Carry, int, Witness], Carry], task: Task, carry: Carry, end: int, witness: Witness
+) -> Carry:
+    """run(task, carry, end, witness), recomputed in the backward pass.
 
     The carry's tensors are handed over one by one: whatever else a checkpoint is given it holds until the end, also
     inside another checkpoint, which is there to drop it.
     """
     tensors: list[Tensor] = []
-    form, witness = _dissolve(carry, tensors), Witness(task.problem)
+    form = _dissolve(carry, tensors)
 
     def resume(*given: Tensor) -> Carry:
         witness.check()
-        return run(task, _assemble(form, given), end)
+        return run(task, _assemble(form, given), end, witness)
 
     replayed: Carry = checkpoint.checkpoint(resume, *tensors, use_reentrant=False, determinism_check="default")
     return replayed

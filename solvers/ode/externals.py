@@ -127,6 +127,16 @@ def computed_attributes(field: Any) -> list[Tensor]:
     return list(search.computed.values())
 
 
+def constants(field: Any) -> list[Tensor]:
+    """Tensors that a callable closes over, or is given, and that the derivative does not reach as leaves.
+
+    Neither buffers nor other attributes of objects, which may change without a meaning for the callable.
+    """
+    search = _Search()
+    search.visit(field, 0, False)
+    return list(search.constants.values())
+
+
 _DEEPEST, _LONGEST = 8, 1000
 _MODULE = frozenset(vars(nn.Module()))
 
@@ -137,9 +147,11 @@ class _Search:
     Attributes:
         found: parameters, what functions close over, and leaves among attributes.
         computed: the other attributes.
+        constants: no attributes, and no leaves that require a gradient.
     """
 
     def __init__(self) -> None:
+        self.constants: dict[int, Tensor] = {}
         self.found: dict[int, Tensor] = {}
         self.computed: dict[int, Tensor] = {}
         self._seen: set[int] = set()
@@ -150,6 +162,8 @@ class _Search:
             return
         self._seen.add(id(thing))
         if isinstance(thing, Tensor):
+            if not attribute and not (thing.requires_grad and thing.is_leaf):
+                self.constants[id(thing)] = thing
             if thing.requires_grad:
                 (self.computed if attribute and not thing.is_leaf else self.found)[id(thing)] = thing
         elif isinstance(thing, nn.Module):
@@ -219,6 +233,12 @@ def _edge(tensor: Tensor) -> Edge:
 def _variable(node: Node) -> Tensor | None:
     """The leaf that a node accumulates into, or None for any other node."""
     return getattr(node, "variable", None)  # as only AccumulateGrad has it
+
+
+def leaves_since(out: Tensor, start: int) -> list[Tensor]:
+    """The leaves that a recording made since clock `start` reaches without passing through an older node."""
+    leaves = [_variable(node) for node, _ in _outer_edges(out, set(), start)] if out.requires_grad else []
+    return [leaf for leaf in leaves if leaf is not None]
 
 
 def _outer_edges(out: Tensor, mine: set[Node], start: int) -> list[Edge]:

@@ -100,6 +100,16 @@ class TestFirstOrder:
             )
             torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
+    @pytest.mark.parametrize("adjoint", [*CHECKPOINTS, ReversibleAdjoint()], ids=name)
+    def test_recomputed(self, adjoint, problem):
+        """In the full mode, which also asks for the gradient of an output that nothing depends on."""
+        w, x = small()
+        solver = Picard(0.5) if isinstance(adjoint, ReversibleAdjoint) else Picard()
+        few = {"rtol": 0.0, "max_steps": 4}
+        assert gradcheck(
+            lambda w, x: value(w, x, solver, adjoint, options=few, problem=problem), (w, x), fast_mode=False
+        )
+
 
 class TestSecondOrder:
     @pytest.mark.parametrize("solver", CORE, ids=name)
