@@ -37,7 +37,10 @@ def digits(data_dir: Path | None = None) -> Source:
         classes=tuple(str(k) for k in range(10)),
         mean=(round(float(pixels.mean()), 4),),
         std=(round(float(pixels.std()), 4),),
-        split="train_test_split(test_size=1/3, stratify=labels, random_state=0) of scikit-learn: 1,198 train, 599 measured",
+        split=(
+            "train_test_split(test_size=1/3, stratify=labels, random_state=0) of scikit-learn: "
+            "1,198 train, 599 measured"
+        ),
         licence="CC BY 4.0",
         citation="Alpaydin and Kaynak 1998, Optical Recognition of Handwritten Digits (UCI), as in scikit-learn",
     )
