@@ -8,7 +8,6 @@ columns. The derivatives are attached to what it found by recorded Newton steps 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +31,8 @@ class _Rows:
         escort: of the plan, the weights w of its Jacobian diag(w) - w w' / sum(w), row by row.
         stride: of the range of a Newton step, and of the scores, the part of the step to try first.
         damping: added to the Laplacian, in parts of the error.
+        distance: of scores, plan and row sums, how much a column has to rise before it has any weight; None where all
+            have some.
         start: the range of scores up to which a solve needs no preparation.
     """
 
@@ -40,7 +41,15 @@ class _Rows:
     escort: Callable[[Tensor], Tensor]
     stride: Callable[[Tensor, Tensor], Tensor]
     damping: float
+    distance: Callable[[Tensor, Tensor, Tensor], Tensor] | None
     start: float
+
+
+def _distance(x: Tensor, plan: Tensor, a: Tensor) -> Tensor:
+    """How much every column (batch, m) has to rise before a row of sparsemax reaches it."""
+    support = plan > 0
+    threshold = (torch.where(support, x, 0).sum(-1, keepdim=True) - a) / support.sum(-1, keepdim=True)
+    return (threshold - x).amin(1)
 
 
 # With logarithmic strides Newton's method on sums of exponentials converges from anywhere: Sun and Tran-Dinh 2019.
@@ -50,6 +59,7 @@ _ENTROPIC = _Rows(
     escort=lambda p: p,
     stride=lambda span, reach: torch.where(span > 0, span.log1p() / span, 1),
     damping=0.0,
+    distance=None,
     start=32.0,
 )
 _QUADRATIC = _Rows(
@@ -57,8 +67,9 @@ _QUADRATIC = _Rows(
     conjugate=lambda x, p, a: (torch.where(p > 0, x * p, 0) - p.square() / 2).sum((-2, -1)),
     escort=torch.sign,
     stride=lambda span, reach: torch.where(span > reach, reach / span, 1),
-    damping=1e-3,
-    start=math.inf,
+    damping=1e-2,
+    distance=_distance,
+    start=4.0,
 )
 
 
@@ -70,7 +81,7 @@ def sinkhorn(
     *,
     temperature: float | Float[Tensor, "..."] = 1.0,
     rtol: float = 1e-9,
-    max_steps: int = 100,
+    max_steps: int = 200,
     throw: bool | str = False,
 ) -> Solution[Tensor]:
     """The plan of largest score plus entropy with given row and column sums; with neither, doubly stochastic.
@@ -115,7 +126,7 @@ def project_birkhoff(
     columns: Float[Tensor, "*#batch m"] | None = None,
     *,
     rtol: float = 1e-9,
-    max_steps: int = 100,
+    max_steps: int = 200,
     throw: bool | str = False,
 ) -> Solution[Tensor]:
     """The nearest non-negative matrix with given row and column sums; with neither, doubly stochastic.
@@ -224,6 +235,8 @@ def _solve(x: Tensor, a: Tensor, b: Tensor, kind: _Rows, rtol: float, max_steps:
     total = b.sum(1)
     finite = torch.where(x > -torch.inf, x, 0)
     reach = finite.amax((1, 2)) - finite.amin((1, 2)) + b.amax(1)
+    # Of the dual's terms, and how much of that their rounding can hide.
+    size, blur = reach * total, 100 * torch.finfo(x.dtype).eps
     part = torch.exp2(-(reach / kind.start).log2().ceil().clamp(0, _HALVINGS)).nan_to_num(nan=1.0)
 
     def look(g: Tensor, part: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -246,6 +259,10 @@ def _solve(x: Tensor, a: Tensor, b: Tensor, kind: _Rows, rtol: float, max_steps:
         if not any_true(running):
             break
         step = _Factor(plan, kind, kind.damping * error.clamp(max=1)).solve(missing)
+        if kind.distance is not None:
+            # The Laplacian does not know how far away a column is that no row has reached.
+            far = kind.distance(x * part[:, None, None] + g.unsqueeze(1), plan, a)
+            step = torch.where(missing == b, torch.maximum(step, far), step)
         t = kind.stride(step.amax(1) - step.amin(1), reach)
         gain = (step * missing).sum(1)
         settled = ~running
@@ -253,8 +270,7 @@ def _solve(x: Tensor, a: Tensor, b: Tensor, kind: _Rows, rtol: float, max_steps:
             trial = g + torch.where(running.unsqueeze(1), t.unsqueeze(1) * step, 0)
             now = look(trial, part)
             looks = looks + (~settled)
-            # At the last digits of the dual only the sums can tell progress.
-            settled = settled | (now[1] >= dual + 1e-4 * t * gain) | (now[3] < error / 2)
+            settled = settled | (now[1] >= dual + 1e-4 * t * gain - blur * (dual.abs() + size))
             if all_true(settled):
                 break
             t = torch.where(settled, t, t / 2)

@@ -151,6 +151,22 @@ class TestSinkhorn:
             sinkhorn(torch.zeros(2, 0, 3))
 
 
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1), (3, 20), (20, 3), (12, 12)], ids=str)
+@pytest.mark.parametrize("scale", [0.2, 20.0, 200.0])
+def test_uneven_sums(shape, scale):
+    """Marginals that differ by a factor of a thousand, and scores by far more than any of them."""
+    rng = torch.Generator().manual_seed(2)
+    x = scale * scores_of(4, *shape)
+    rows, columns = (torch.rand(4, k, dtype=D, generator=rng) ** 4 + 1e-3 for k in shape)
+    columns = columns * (rows.sum(1) / columns.sum(1)).unsqueeze(1)
+    for balance in (sinkhorn, project_birkhoff):
+        solution = balance(x, rows, columns, throw=True)
+        torch.testing.assert_close(solution.value.sum(-1), rows)
+        assert ((solution.value.sum(-2) - columns).abs().sum(-1) < 1e-8 * columns.sum(-1)).all()
+        alone = balance(x[2:3], rows[2:3], columns[2:3])
+        torch.testing.assert_close(solution.value[2:3], alone.value, rtol=1e-6, atol=1e-8)
+
+
 class TestBirkhoff:
     @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
     def test_against_alternating_projections(self, scale):
