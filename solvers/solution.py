@@ -137,7 +137,8 @@ class Stats:
     @property
     def converged(self) -> Tensor:
         """Boolean mask (batch,): reached the tolerance, or ended by an event as was wished."""
-        return (self.status == Status.CONVERGED) | (self.status == Status.EVENT)
+        # torch.compile takes a comparison of a tensor with an enumeration's member for False.
+        return (self.status == int(Status.CONVERGED)) | (self.status == int(Status.EVENT))
 
 
 @dataclasses.dataclass

@@ -180,5 +180,16 @@ def norms(matrix: Tensor) -> Tensor:
     return torch.linalg.vector_norm(matrix, dim=1, dtype=wide)
 
 
+def scaled_norms(matrix: Tensor) -> Tensor:
+    """The same where squares would overflow or underflow, at some more cost."""
+    if matrix.shape[1] == 0:
+        return norms(matrix)
+    if matrix.dtype in (torch.float16, torch.bfloat16):
+        matrix = matrix.float()
+    largest = torch.linalg.vector_norm(matrix, float("inf"), dim=1)
+    largest = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
+    return norms(matrix / largest.unsqueeze(1)) * largest
+
+
 def _shape(shape: tuple[int, ...]) -> str:
     return ", ".join(map(str, shape)) or "no further dimensions"

@@ -4,10 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from sklearn.datasets import load_digits
 
 import restpoint
+from restpoint.train.data import load_data
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,8 +16,8 @@ LOAD, REUSE = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 def test_the_example_that_loads_a_model():
     names = {}
     exec(LOAD, names)
-    accuracy = (names["classes"] == torch.tensor(load_digits().target[2::3])).double().mean()
-    assert float(accuracy) == pytest.approx(names["card"].metrics["accuracy"], abs=1e-3)
+    accuracy = (names["classes"] == load_data("digits").test.labels).double().mean()
+    assert float(accuracy) == pytest.approx(names["card"].metrics["accuracy"], abs=1e-9)
 
 
 def test_the_example_that_reuses_a_solver():
@@ -36,6 +35,15 @@ def test_the_examples_of_the_migration_guide():
         exec(block, names)
     assert names["solution"].converged.all()
     assert all(parameter.grad is not None for parameter in names["field"].parameters())
+
+
+def test_the_examples_of_the_page_on_structured_distributions():
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/inference.md").read_text(), flags=re.S):
+        exec(block, names)
+    assert names["few"].converged.all()
+    assert names["weights"].shape == (2, 7, 7)
+    assert names["unary"].grad is not None
 
 
 def test_the_models_and_recipes_that_are_named_exist():

@@ -15,7 +15,7 @@ from ...solvers import Anderson, ImplicitAdjoint, Solution, StateError, Status, 
 from ...solvers.diagnose import correction_indices, intermediate_states
 from ...solvers.fixed_point import FixedPointSolver
 from ...solvers.fixed_point.api import AnyAdjoint
-from ...solvers.transforms import any_true
+from ...solvers.transforms import any_true, not_compiled
 from .. import norms
 from ..dropout import MaskShape, active_dropouts, inside_solve, recording, replaying
 
@@ -107,6 +107,7 @@ class DEQ(nn.Module):
         self.throw = throw
         self._normalised = norms.normalise(cell, norm) if norm is not None and isinstance(cell, nn.Module) else []
 
+    @not_compiled
     def forward(self, x: Any, z0: State | Solution[Any] | None = None) -> State:
         """The rest point of cell(., x).
 
@@ -119,13 +120,14 @@ class DEQ(nn.Module):
             infinity is NaN, since no statistics come along to tell; `solve` has both.
         """
         solution = self.solve(x, z0)
-        broken = solution.stats.status == Status.NON_FINITE
+        broken = solution.stats.status == int(Status.NON_FINITE)
         if not any_true(broken):
             return solution.value
         return pytree.tree_map(
             lambda z: torch.where(broken.view(-1, *[1] * (z.ndim - 1)), float("nan"), z), solution.value
         )
 
+    @not_compiled
     def solve(self, x: Any, z0: State | Solution[Any] | None = None) -> Solution[Any]:
         """The rest point with its statistics; arguments as of `forward`.
 

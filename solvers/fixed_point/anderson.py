@@ -103,6 +103,13 @@ class Anderson(FixedPointSolver):
         """An empty history."""
         return History(Ring(self.memory), Ring(self.memory), steps=Ring(self.memory) if self.kind == "I" else None)
 
+    def forget(self, memory: History, rows: Tensor) -> History:
+        """Without the iterates of `rows`: one whose residual was zero would be chosen for good."""
+        if memory.gram is None:
+            return memory
+        valid = torch.ones_like(memory.gram[:, 0], dtype=torch.bool) if memory.valid is None else memory.valid
+        return dataclasses.replace(memory, valid=valid & ~rows.unsqueeze(1))
+
     def propose(self, problem: Problem, at: Evaluated, memory: History) -> Proposal:
         """The combination of the remembered images."""
         slot = memory.images.slot

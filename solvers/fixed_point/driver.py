@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..solution import Stats, Status
 from ..transforms import all_true, any_true, inside_transform
-from ..tree import norms
+from ..tree import norms, scaled_norms
 from .method import Evaluated, FixedPointSolver
 from .problem import Problem
 
@@ -110,20 +111,11 @@ def advance(problem: Problem, solver: FixedPointSolver, budget: Budget, carry: C
     image, residual = problem.evaluate(z)
     count, active, recording = carry.count + 1, carry.active, torch.is_grad_enabled()
     with torch.no_grad():
-        norm, scale, floor = _measure(problem, z, image, residual, carry)
-        limit = scale * budget.rtol
-        if budget.atol:
-            limit = limit + budget.atol
-        if budget.endless:
-            # Without a tolerance the newest iterate is the wanted one, whatever its residual.
-            going = improved = torch.isfinite(norm)
-        else:
-            going, improved = norm > limit, norm < carry.best_norm * PROGRESS
+        norm, scale, floor = _measure(problem, z, image, residual, carry, norms)
+        going, improved, moved = _judge(budget, carry, norm, scale)
         ordinary = going & improved
-        moved = None
-        if active is not None:
-            moved = ~active & (carry.status == Status.CONVERGED) & (norm > 2 * limit)
-            ordinary = (ordinary | ~active) & ~moved
+        if moved is not None:
+            ordinary = (ordinary | ~carry.active) & ~moved  # type: ignore[operator]
         improving = all_true(ordinary)
         if improving:
             # Every running row got better: there is nothing to freeze, and the best iterates are these.
@@ -136,13 +128,18 @@ def advance(problem: Problem, solver: FixedPointSolver, budget: Budget, carry: C
             }
         else:
             changes = {}
+            if _extreme(norm, scale, active):
+                norm, scale, floor = _measure(problem, z, image, residual, carry, scaled_norms)
+                going, improved, moved = _judge(budget, carry, norm, scale)
+                # Any residual is small beside an infinite scale.
+                going = going | torch.isinf(scale)
             # An infinite residual is above any limit, but leads nowhere, unless the step that led to it is shortened. A
             # tape would carry the NaN into the gradient.
             finite = torch.isfinite(norm)
             retried = None if recording else solver.retries(carry.memory)
             going = going & finite if retried is None else torch.where(finite, going, retried)
             if moved is not None and any_true(moved):
-                carry = _thaw(carry, moved)
+                carry = _thaw(carry, moved, solver)
                 active, improved = carry.active, improved | moved
             carry = _keep_best(carry, z, norm, scale, improved, count, floor, recording)
             ended = ~going if active is None else active & ~going
@@ -166,20 +163,49 @@ def _patience_ends(count: int) -> bool:
 
 
 def _measure(
-    problem: Problem, z: Tensor, image: Tensor, residual: Tensor, carry: Carry
+    problem: Problem, z: Tensor, image: Tensor, residual: Tensor, carry: Carry, length: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    norm = norms(residual.detach())
+    """The residual's norm, the scale that it is relative to, and the floor of that scale; `length` measures rows."""
+    norm = length(residual.detach())
     if not problem.root:
-        return norm, norms(image.detach()), None
+        return norm, length(image.detach()), None
     floor = norm if carry.floor is None else carry.floor
-    return norm, torch.maximum(norms(z.detach()), floor), floor
+    return norm, torch.maximum(length(z.detach()), floor), floor
 
 
-def _thaw(carry: Carry, moved: Tensor) -> Carry:
+def _judge(budget: Budget, carry: Carry, norm: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Which rows are above their tolerance, which have a new smallest residual, and which have been moved.
+
+    A row that had converged is moved where others have changed its rest point; None while all rows are running.
+    """
+    limit = scale * budget.rtol
+    if budget.atol:
+        limit = limit + budget.atol
+    if budget.endless:
+        # Without a tolerance the newest iterate is the wanted one, whatever its residual.
+        going = improved = torch.isfinite(norm)
+    else:
+        going, improved = norm > limit, norm < carry.best_norm * PROGRESS
+    if carry.active is None:
+        return going, improved, None
+    return going, improved, ~carry.active & (carry.status == int(Status.CONVERGED)) & (norm > 2 * limit)
+
+
+def _extreme(norm: Tensor, scale: Tensor, active: Tensor | None) -> bool:
+    """Whether the squares in a running row's norms overflow, or underflow so far that they say nothing."""
+    limits = torch.finfo(norm.dtype)
+    usual = (scale > limits.tiny**0.5 / limits.eps) & (torch.maximum(norm, scale) < limits.max**0.5)
+    return not all_true(usual if active is None else usual | ~active)
+
+
+def _thaw(carry: Carry, moved: Tensor, solver: FixedPointSolver) -> Carry:
     """Let rows that had converged run again, since others have moved their rest points: the function couples them."""
     assert carry.active is not None
     return dataclasses.replace(
-        carry, active=carry.active | moved, status=torch.where(moved, int(Status.MAX_STEPS), carry.status)
+        carry,
+        active=carry.active | moved,
+        status=torch.where(moved, int(Status.MAX_STEPS), carry.status),
+        memory=solver.forget(carry.memory, moved),
     )
 
 

@@ -80,9 +80,13 @@ class Problem:
         tensors = [leaf for leaf in pytree.tree_leaves(self.args) if isinstance(leaf, Tensor)]
         return bool(tensors) and all(t.ndim > 0 and t.shape[0] == batch for t in tensors)
 
-    def select(self, rows: Tensor) -> Problem:
-        """The problem of some rows; only where `divisible`."""
-        args = pytree.tree_map_only(Tensor, lambda t: t.index_select(0, rows), self.args)
+    def select(self, rows: Tensor, batch: int | None = None) -> Problem:
+        """The problem of some rows; only where `divisible`, or of those args that have a `batch` in front."""
+
+        def take(t: Tensor) -> Tensor:
+            return t.index_select(0, rows) if batch is None or (t.ndim > 0 and len(t) == batch) else t
+
+        args = pytree.tree_map_only(Tensor, take, self.args)
         return dataclasses.replace(self, args=args)
 
     def linearize(self, z: Tensor) -> LinearOperator:

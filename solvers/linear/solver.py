@@ -74,7 +74,7 @@ class LinearSolver(abc.ABC):
             )
             result = self._run(system)
             # One product for both: back to the scale of b, and to NaN where there is nothing to trust.
-            factor = size.masked_fill(result.status == Status.NON_FINITE, math.nan)
+            factor = size.masked_fill(result.status == int(Status.NON_FINITE), math.nan)
             stats = Stats(result.steps, result.evaluations, result.residual, result.status)
             return Solution((result.x * factor.unsqueeze(1)).to(b.dtype), stats)
 

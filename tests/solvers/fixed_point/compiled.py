@@ -9,6 +9,7 @@ import warnings
 
 import torch
 
+from restpoint.models.deq import DEQ
 from restpoint.solvers import Anderson, ImplicitAdjoint, Newton, Picard, UnrollAdjoint, fixed_point, root
 
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
@@ -33,6 +34,26 @@ class Model(torch.nn.Module):
         x = torch.relu(self.first(x))
         solution = fixed_point(self.step, torch.zeros_like(x), (x,), rtol=1e-5, **self.options)
         return self.last(torch.relu(solution.value))
+
+
+class Layer(Model):
+    """The same with an equilibrium layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.deq = DEQ(Cell(self.cell), rtol=1e-5)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.deq(torch.relu(self.first(x)))))
+
+
+class Cell(torch.nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, z, x):
+        return torch.tanh(self.linear(z) + x)
 
 
 def gradients(model, run):
@@ -82,6 +103,15 @@ def main():
     model = Model(solver=Picard(), trajectory=True)
     model.step = torch.compile(model.f, dynamic=False)
     results["inductor"] = compare(model, model, times=1)
+
+    model = Layer()
+    results["layer"] = compare(model, torch.compile(model, backend="aot_eager"))
+
+    @torch.compile(backend="aot_eager")
+    def converged(x):
+        return fixed_point(lambda z, x: torch.tanh(0.5 * z + x), torch.zeros_like(x), (x,)).converged & True
+
+    results["converged"] = converged(X).tolist()
 
     @torch.compile(backend="aot_eager")
     def cube_root(x):

@@ -27,6 +27,16 @@ def test_a_model_with_a_solve_inside(results, which):
     assert results[which]["breaks"] <= (4 if which == "first" else 2)
 
 
+def test_an_equilibrium_layer(results):
+    assert results["layer"]["error"] < 1e-6
+    assert results["layer"]["graphs"] == 2
+    assert results["layer"]["breaks"] <= 4
+
+
+def test_statistics_inside_of_compiled_code(results):
+    assert results["converged"] == [True] * 5
+
+
 def test_a_compiled_function_inside_a_solve(results):
     """The finished samples are taken out, and each size of the batch is compiled once."""
     assert results["cell"]["error"] < 1e-6

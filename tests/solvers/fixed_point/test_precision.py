@@ -197,3 +197,28 @@ class TestResolution:
         reference = fixed_point(lambda z, x: torch.tanh(z @ W + x), torch.zeros_like(X), (X,), rtol=1e-6, max_steps=100)
         assert solution.converged.all()
         assert near(solution.value / scale, reference.value, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("solver", [Picard(), Picard(0.5), Anderson(memory=1), Broyden(line_search=False)])
+def test_what_diverges_never_counts_as_converged(solver, dtype):
+    x = torch.linspace(1, 3, 16, dtype=dtype)[:, None].expand(16, 4)
+    # Between the overflow of squares and that of the numbers themselves, a norm can be infinite or its limit.
+    for factor in (1.5, 3.0, 10.0):
+        solution = fixed_point(
+            lambda z, x, k=factor: k * z + x, torch.zeros_like(x), (x,), solver=solver, max_steps=200
+        )
+        if isinstance(solver, Broyden) and dtype == torch.float32:
+            assert solution.converged.all()
+            torch.testing.assert_close(solution.value, x / (1 - factor), rtol=1e-3, atol=0)
+        elif not isinstance(solver, Broyden):
+            assert not solution.converged.any()
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-20, 1e20])
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden(), Newton()])
+def test_states_whose_squares_no_float32_holds(solver, size):
+    x = torch.rand(5, 8, generator=torch.Generator().manual_seed(0)) * size
+    solution = fixed_point(lambda z, x: 0.5 * z + x, torch.zeros_like(x), (x,), solver=solver, rtol=1e-4)
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.value, 2 * x, rtol=3e-4, atol=0)

@@ -156,3 +156,13 @@ class TestComplex:
     def test_also_inside_a_structure(self):
         with pytest.raises(StateError, match=r"z0\['b'\].*complex128"):
             fixed_point(lambda z: z, {"a": torch.zeros(2), "b": torch.zeros(2, dtype=torch.complex128)})
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_function_that_returns_its_argument_as_it_is_has_a_gradient(order):
+    p = torch.randn(3, 4, requires_grad=True, generator=torch.Generator().manual_seed(0))
+    adjoint = ImplicitAdjoint(order=order)
+    for f, args in ((lambda z, x: x, (p,)), (lambda z: p, ())):
+        value = fixed_point(f, torch.zeros(3, 4), args, adjoint=adjoint).value
+        (gradient,) = torch.autograd.grad(value.sum(), p)
+        assert torch.equal(gradient, torch.ones(3, 4))
