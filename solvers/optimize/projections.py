@@ -144,7 +144,7 @@ def _radius(radius: float | Tensor, points: Tensor, dim: int, name: str) -> Tens
     if any_true(wrong):
         first = plain(size).broadcast_to(plain(wrong).shape)[plain(wrong)].flatten()[0]
         raise ValueError(f"{name}: radius must be positive and finite; got {float(first):g}.")
-    return along(size, points, dim, f"{name}: radius").to(points.dtype)
+    return along(size, points, dim, f"{name}: radius")
 
 
 def _bound(bound: float | Tensor | None, points: Tensor, name: str) -> Tensor | None:

@@ -102,12 +102,14 @@ def entmax(
         wrong = plain(alpha)[plain(outside)].flatten()[0]
         raise ValueError(f"entmax: alpha must lie in [1, 2]; got {float(wrong):g}.")
     x = _prepare(scores, dim, mask, "entmax")
-    one_a_slice = along(alpha, scores, dim, "entmax: alpha").to(x.dtype)
+    one_a_slice = along(alpha, scores, dim, "entmax: alpha")
     return _finish(Entmax.apply(x, one_a_slice.movedim(dim, -1)), scores, dim)
 
 
 def along(value: Tensor, points: Tensor, dim: int, name: str) -> Tensor:
     """`value`, of which every slice of `points` along `dim` has one: in their shape but for length one along `dim`.
+
+    On the device of the points and in their type, or in float32 where that is finer.
 
     Raises:
         ValueError: it does not broadcast to that shape; the message calls it `name`.
@@ -115,7 +117,8 @@ def along(value: Tensor, points: Tensor, dim: int, name: str) -> Tensor:
     shape = list(points.shape)
     shape[dim] = 1
     try:
-        return value.to(points.device).expand(shape)
+        # Both at once: not every device has the type that the value comes in.
+        return value.to(points.device, torch.promote_types(points.dtype, torch.float32)).expand(shape)
     except RuntimeError as error:
         raise ValueError(
             f"{name} has to broadcast to shape {tuple(shape)}, one along dim={dim}; got {tuple(value.shape)}."

@@ -39,7 +39,7 @@ def soft_sort(
     Source: Blondel, Teboul, Berthet and Djolonga 2020, with the quadratic regularisation.
     """
     x = _prepare(values, dim, "soft_sort")
-    heat = _temperature(temperature, values, dim, "soft_sort").to(x.dtype)
+    heat = _temperature(temperature, values, dim, "soft_sort")
     n = x.shape[-1]
     falling = torch.arange(n, 0, -1, device=x.device, dtype=x.dtype) / heat
     found = _project_falling(falling, x.sort(dim=-1, descending=True).values)
@@ -75,7 +75,7 @@ def soft_rank(
     Source: Blondel, Teboul, Berthet and Djolonga 2020, with the quadratic regularisation.
     """
     x = _prepare(values, dim, "soft_rank")
-    heat = _temperature(temperature, values, dim, "soft_rank").to(x.dtype)
+    heat = _temperature(temperature, values, dim, "soft_rank")
     ranks = torch.arange(x.shape[-1], 0, -1, device=x.device, dtype=x.dtype)
     found = _project((-x if descending else x) / heat, ranks)
     return found.to(values.dtype).movedim(-1, dim)
@@ -108,7 +108,7 @@ def soft_topk(
     n = x.shape[-1]
     if not 1 <= k <= n:
         raise ValueError(f"soft_topk: k must lie between 1 and {n}, the length of dim={dim}; got {k}.")
-    heat = _temperature(temperature, values, dim, "soft_topk").to(x.dtype)
+    heat = _temperature(temperature, values, dim, "soft_topk")
     ones = (torch.arange(n, device=x.device) < k).to(x.dtype)
     return _project(x / heat, ones).to(values.dtype).movedim(-1, dim)
 
