@@ -72,6 +72,7 @@ from .ode import (
     solve_ode,
 )
 from .optimize import (
+    ADMM,
     LBFGS,
     PDHG,
     CentralPath,
@@ -104,6 +105,7 @@ from .solution import AdjointWarning, Solution, SolverError, SolverWarning, Stat
 from .tree import StateError
 
 __all__ = [
+    "ADMM",
     "CG",
     "GMRES",
     "LBFGS",

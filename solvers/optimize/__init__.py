@@ -1,5 +1,6 @@
 """Optima that can be differentiated: programmes, minimisers, simplex maps, projections and soft sorting."""
 
+from .admm import ADMM
 from .central_path import CentralPath
 from .interior_point import InteriorPoint
 from .isotonic import project_isotonic
@@ -15,6 +16,7 @@ from .sinkhorn import project_birkhoff, sinkhorn
 from .sorting import project_permutahedron, soft_rank, soft_sort, soft_topk
 
 __all__ = [
+    "ADMM",
     "LBFGS",
     "PDHG",
     "CentralPath",

@@ -71,13 +71,8 @@ class PDHG(QPSolver):
             found.steps[rows] = spent
             over = (rtol <= limits.rtol) | (point.status != Status.CONVERGED)
             left = ~result.proved & over
-            to = rows[left]
-            found.x[to], found.v[to], found.residual[to] = point.x[left], point.v[left], point.residual[left]
-            slack = (problem.d - times(problem.C, point.x)).clamp_min(1e-12)
-            W = torch.cat([slack / point.v.clamp_min(1e-12), torch.zeros_like(slack)], 1)
-            m = problem.m
-            found.W[to] = torch.cat([W[:, :m], torch.zeros_like(slack[:, m:])], 1)[left]
-            found.status[to] = point.status[left]
+            at = left.nonzero().flatten()
+            found.accept(rows[at], problem.select(at), point.x[at], point.v[at], point.status[at], point.residual[at])
             keep = (~(result.proved | left)).nonzero().flatten()
             if len(keep) == 0:
                 return found

@@ -79,7 +79,8 @@ class Saddle:
         W: (batch, rows), not negative.
         factor: of the condensed matrix, with regularised rows (batch, n, n).
         weight: 1 / (W + regularisation) (batch, rows).
-        hard: indices of the samples that refinement does not solve, and the pseudo-inverses of their matrices.
+        hard: indices of the samples that refinement does not solve, the rows that take part in them, padded, and the
+            pseudo-inverses of their matrices, of which nothing but these rows is kept.
     """
 
     Q: Tensor
@@ -87,7 +88,7 @@ class Saddle:
     W: Tensor
     factor: Tensor
     weight: Tensor
-    hard: tuple[Tensor, Tensor] | None = None
+    hard: tuple[Tensor, Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, Q: Tensor, C: Tensor, W: Tensor) -> Saddle:
@@ -107,11 +108,11 @@ class Saddle:
         left = r - Qu - Cv
         taking = torch.isfinite(self.W)
         below = torch.where(taking, d - Cu + torch.where(taking, self.W, 0.0) * v, 0.0)
-        # One scale for both: where one side of the system is zero, only rounding errors of the other are left of it.
-        scale = (
-            norms(r) + norms(torch.where(taking, d, 0.0)) + norms(Qu) + norms(Cv) + norms(torch.where(taking, Cu, 0.0))
-        )
-        relative = (norms(left) + norms(below)) / scale.clamp_min(torch.finfo(u.dtype).tiny)
+        # Where one side of the system is zero, only rounding errors of the other are left of it. C u is exact to those
+        # of u, but a u that Q and C do not feel must not pass for a solution.
+        given = norms(r) + norms(torch.where(taking, d, 0.0))
+        above = (given + norms(Qu) + norms(Cv)).clamp_min(torch.finfo(u.dtype).tiny)
+        relative = norms(left) / above + norms(below) / (given + norms(u)).clamp_min(torch.finfo(u.dtype).tiny)
         return left, below, relative
 
     def correct(self, left: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,9 +120,11 @@ class Saddle:
         du = solve_factor(self.factor, left + times_transposed(self.C, self.weight * below))
         dv = self.weight * (times(self.C, du) - below)
         if self.hard is not None:
-            rows, inverse = self.hard
-            both = times(inverse, torch.cat([left[rows], below[rows]], 1))
-            du, dv = du.index_copy(0, rows, both[:, : du.shape[1]]), dv.index_copy(0, rows, both[:, du.shape[1] :])
+            rows, order, inverse = self.hard
+            both = times(inverse, torch.cat([left[rows], below[rows].gather(1, order)], 1))
+            n = du.shape[1]
+            sparse = torch.zeros_like(below[rows]).scatter(1, order, both[:, n:])
+            du, dv = du.index_copy(0, rows, both[:, :n]), dv.index_copy(0, rows, sparse)
         return du, dv
 
     def solve(
@@ -154,24 +157,28 @@ class Saddle:
         """The same, which solves some samples by the pseudo-inverse of the whole matrix."""
         if len(rows) == 0:
             return self
-        return dataclasses.replace(self, hard=(rows, pseudo_inverse(self.select(rows))))
+        return dataclasses.replace(self, hard=(rows, *pseudo_inverse(self.select(rows))))
 
 
-def pseudo_inverse(saddle: Saddle) -> Tensor:
-    """Of the whole matrices (batch, n + rows, n + rows), in which rows that take no part are zero."""
-    batch, n, rows = len(saddle.W), saddle.Q.shape[-1], saddle.W.shape[1]
+def pseudo_inverse(saddle: Saddle) -> tuple[Tensor, Tensor]:
+    """The rows that take part (batch, k), padded, and the pseudo-inverses (batch, n + k, n + k) of their matrices."""
+    batch, n = len(saddle.W), saddle.Q.shape[-1]
     taking = torch.isfinite(saddle.W)
+    rows = int(taking.sum(1).max()) if taking.shape[1] else 0
+    order = torch.argsort(taking.to(torch.uint8), dim=1, descending=True, stable=True)[:, :rows]
+    taken = taking.gather(1, order)
     whole = saddle.W.new_zeros(batch, n + rows, n + rows)
     whole[:, :n, :n] = saddle.Q
-    C = saddle.C * taking.unsqueeze(2)
+    every = saddle.C.expand(batch, *saddle.C.shape[-2:])
+    C = every.gather(1, order.unsqueeze(2).expand(-1, -1, n)) * taken.unsqueeze(2)
     whole[:, n:, :n], whole[:, :n, n:] = C, C.mT
-    whole[:, n:, n:] = torch.diag_embed(-torch.where(taking, saddle.W, 0.0))
+    whole[:, n:, n:] = torch.diag_embed(-torch.where(taken, saddle.W.gather(1, order), 0.0))
     finite = torch.isfinite(whole).flatten(1).all(1)
     values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], whole, 0.0))
     size = values.abs()
     cutoff = 10 * (n + rows) * torch.finfo(values.dtype).eps * size.amax(1, keepdim=True)
     inverse = torch.where(size > cutoff, 1 / values, 0.0)
-    return (vectors * inverse.unsqueeze(1)) @ vectors.mT
+    return order, (vectors * inverse.unsqueeze(1)) @ vectors.mT
 
 
 def inactive(active: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,9 +12,13 @@ from torch import Tensor
 
 from ..solution import Status
 from ..tree import norms
+from .quadratic_kkt import times
 
 if TYPE_CHECKING:
     from .active_set import Polished
+
+TINY = 1e-12
+"""Slacks and multipliers of scaled programmes below this are taken for it where one is divided by the other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +163,13 @@ class Found:
         self.steps[rows] = steps
         self.status[rows] = int(Status.CONVERGED)
         self.residual[rows] = result.error[which]
+
+    def accept(self, rows: Tensor, problem: Programme, x: Tensor, v: Tensor, status: Tensor, residual: Tensor) -> None:
+        """Note points of some `rows`, whose programmes are `problem`, without a proof of their active sets."""
+        m = problem.m
+        slack = (problem.d - times(problem.C, x))[:, :m].clamp_min(TINY)
+        self.x[rows], self.v[rows], self.status[rows], self.residual[rows] = x, v, status, residual
+        self.W[rows] = torch.cat([slack / v[:, :m].clamp_min(TINY), torch.zeros_like(v[:, m:])], 1)
 
 
 @dataclasses.dataclass(frozen=True)
