@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,11 @@ def _train(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info("%s: %d parameters, %d of them trained", config.name, sum(p.numel() for p in model.parameters()), trained)
     if config.compile:
+        if config.task.twice:
+            raise TrainingError(
+                f"compile: the loss of {type(config.task).__name__} with these options holds derivatives, and torch "
+                "cannot differentiate compiled code twice. Leave out compile, or the penalties on the Jacobian."
+            )
         compile_inner(model)
     ema = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema is not None else None
     averaged: nn.Module = model if ema is None else ema.module
@@ -184,13 +190,17 @@ def _train(
         tree = checkpoint()
         return parallel.first and folder.save(tree)
 
-    def measure() -> dict[str, float]:
-        state = model_state(averaged)
+    def look(weights: nn.Module, at: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What the first process finds with these weights in `shipped`; the others wait for it."""
+        state = model_state(weights)
         found = None
         if parallel.first:
             shipped.load_state_dict(state)
-            found = json.dumps(config.task.evaluate(shipped, held_out)).encode()
+            found = json.dumps(at()).encode()
         return dict(json.loads(parallel.spread(found)))
+
+    def measure() -> dict[str, float]:
+        return look(averaged, lambda: config.task.evaluate(shipped, held_out))
 
     if config.model.pretrained and config.data.validation and step == 0:
         log.info("before: %s", in_words(measure(), 5))
@@ -259,8 +269,8 @@ def _train(
                 bar.set_postfix_str(f"loss {loss:.3f}")
                 if parallel.first and not _terminal():
                     log.info("step %d: %s", step, in_words(values))
-            if config.diagnose_every and step % config.diagnose_every == 0 and parallel.first:
-                curves.scalars("diagnosis", config.task.diagnose(model, batch), step)
+            if config.diagnose_every and step % config.diagnose_every == 0:
+                curves.scalars("diagnosis", look(model, lambda: config.task.diagnose(shipped, batch)), step)  # noqa: B023
 
             # What is kept
             if stop:

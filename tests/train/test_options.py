@@ -11,7 +11,7 @@ from torch import nn
 from restpoint.models.deq import DEQ
 from restpoint.models.flow import FFJORD
 from restpoint.solvers import Anderson
-from restpoint.train import Config, DataConfig, ModelConfig, WarmupConfig, train
+from restpoint.train import Config, DataConfig, ModelConfig, TrainingError, WarmupConfig, train
 from restpoint.train.checkpoint import read_tree
 from restpoint.train.cli import _find_recipes, parse
 from restpoint.train.tasks import DensityEstimation, ImageClassification
@@ -115,6 +115,11 @@ def test_a_flow_in_the_plane_shows_its_samples():
     assert torch.get_rng_state().equal(before)
     assert pictures["samples"].shape == (1, 96, 96)
     assert 0 <= float(pictures["samples"].min()) < float(pictures["samples"].max()) == 1
+
+
+def test_what_is_differentiated_twice_is_not_compiled(tmp_path):
+    with pytest.raises(TrainingError, match="cannot differentiate compiled code twice"):
+        train(config(tmp_path, compile=True, task=ImageClassification(growth_weight=1.0)))
 
 
 @pytest.mark.exhaustive

@@ -62,7 +62,7 @@ def main():
     train(config(folder / "begun_by_one", parallel="fsdp", resume=True))
     penalised = ImageClassification(growth_weight=1.0, growth_powers=1, jacobian_weight=0.1)
     for parallel in ("ddp", "fsdp"):
-        train(config(folder / f"penalised_{parallel}", parallel=parallel, epochs=1, task=penalised))
+        train(config(folder / f"penalised_{parallel}", parallel=parallel, epochs=1, task=penalised, diagnose_every=2))
     try:
         train(config(folder / "interrupted", parallel="fsdp", task=Uneven()))
     except Interrupted:

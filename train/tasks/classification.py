@@ -49,6 +49,11 @@ class ImageClassification(Task):
     kind = "image-classification"
     metric = "accuracy"
 
+    @property
+    def twice(self) -> bool:  # type: ignore[override]
+        """The penalties are derivatives."""
+        return self.growth_weight > 0 or self.jacobian_weight > 0
+
     def losses(self, model: nn.Module, batch: Batch | Mixed, step: int) -> Outcome:
         """Cross-entropy and penalties of a batch."""
         images, labels = batch

@@ -38,6 +38,11 @@ class DensityEstimation(Task):
     kind = "density"
     metric = "log_likelihood"
 
+    @property
+    def twice(self) -> bool:  # type: ignore[override]
+        """The divergence in the likelihood is a derivative."""
+        return True
+
     def losses(self, model: nn.Module, batch: Points, step: int) -> Outcome:
         """Negative log-likelihood of a batch, in nats a point, and the regularisers."""
         points, _ = batch

@@ -33,10 +33,12 @@ class Task(abc.ABC):
     Attributes:
         kind: the registry's word for the models that the task fits.
         metric: the key of `evaluate`'s result that counts, larger being better.
+        twice: whether the loss holds derivatives, and is differentiated twice, which compiled code cannot be.
     """
 
     kind: str
     metric: str
+    twice: bool = False
 
     def prepare(self, model: nn.Module, source: Any) -> None:
         """Show the model the data set before the first step, for what is not learnt by gradients."""
