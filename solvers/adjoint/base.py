@@ -15,7 +15,8 @@ from ..fixed_point.driver import Budget, Carry, independent, iterate, start
 from ..fixed_point.method import FixedPointSolver
 from ..fixed_point.problem import Problem
 from ..solution import Stats, Status
-from ..transforms import any_true, inside_transform, inside_vmap, no_derivatives, plain
+from ..transforms import all_true, any_true, inside_transform, inside_vmap, no_derivatives, plain
+from ..tree import norms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +50,52 @@ class Task:
         memory = self.solver.init(self.z0) if self.memory is None else self.solver.resume(self.memory)
         return start(self.z0, memory, self.trajectory)
 
-    def rows(self, rows: Tensor) -> Task:
+    def rows(self, rows: Rows) -> Task:
         """The task of some rows."""
-        memory = None if self.memory is None else self.memory.select(rows)  # type: ignore[attr-defined]
+        memory = None if self.memory is None else self.memory.select(rows.index)  # type: ignore[attr-defined]
         return dataclasses.replace(
-            self, problem=self.problem.select(rows), z0=self.z0.index_select(0, rows), memory=memory
+            self, problem=rows.of(self.problem), z0=self.z0.index_select(0, rows.index), memory=memory
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The rows to record where some broke: the broken ones taken out, or a healthy one standing in for each.
+
+    Attributes:
+        index: the rows (k,).
+        broken: mask of those that another stands in for (batch,); None where they are taken out, as needs args that
+            all have the batch in front.
+        leaves: which of the args' leaves have rows; None for all of them.
+    """
+
+    index: Tensor
+    broken: Tensor | None = None
+    leaves: frozenset[int] | None = None
+
+    def of(self, problem: Problem) -> Problem:
+        """The problem of these rows."""
+        return problem.select(self.index, self.leaves)
+
+    def merge(self, z: Tensor, value: Tensor) -> Tensor:
+        """z (batch, n) with the values of these rows."""
+        if self.broken is None:
+            return z.index_copy(0, self.index, value)
+        return torch.where(self.broken.unsqueeze(1), z, value)
+
+    def spread(self, stats: Stats, batch: int) -> Stats:
+        """Statistics of these rows as those of the whole batch; the others took no part and are NON_FINITE."""
+
+        def full(part: Tensor, missing: float) -> Tensor:
+            if self.broken is not None:
+                return torch.where(self.broken, missing, part).to(part.dtype)
+            return part.new_full((batch,), missing).index_copy(0, self.index, part)
+
+        return Stats(
+            full(stats.steps, 0),
+            full(stats.evaluations, 0),
+            full(stats.residual, float("nan")),
+            full(stats.status, int(Status.NON_FINITE)),
         )
 
 
@@ -85,11 +127,11 @@ class RestPointAdjoint(Adjoint):
             return dataclasses.replace(carry, value=value)
 
         def report(stats: Stats) -> None:
-            task.report(spread(stats, rows, len(z)))
+            task.report(rows.spread(stats, len(z)))
 
-        some = dataclasses.replace(carry, memory=carry.memory.select(rows))
-        value = self.attach(task.problem.select(rows), z.index_select(0, rows), some, report)
-        return dataclasses.replace(carry, value=z.index_copy(0, rows, value))
+        some = dataclasses.replace(carry, memory=carry.memory.select(rows.index))
+        value = self.attach(rows.of(task.problem), z.index_select(0, rows.index), some, report)
+        return dataclasses.replace(carry, value=rows.merge(z, value))
 
     @property
     def needs_memory(self) -> bool:
@@ -101,32 +143,40 @@ class RestPointAdjoint(Adjoint):
         """z (batch, n), a constant, with derivatives."""
 
 
-def healthy_rows(problem: Problem, carry: Carry) -> Tensor | None:
-    """The rows to record where some broke, since a NaN would reach shared parameters; None for all of them."""
+def healthy_rows(problem: Problem, carry: Carry) -> Rows | None:
+    """The rows to record where some broke, since a NaN would reach shared parameters; None for all as they are."""
     batch = len(carry.status)
-    if inside_vmap() or not problem.divisible(batch):
+    if inside_vmap():
         return None
-    rows = (plain(carry.status) != Status.NON_FINITE).nonzero().flatten()
-    if not 0 < len(rows) < batch:
+    broken = plain(carry.status) == int(Status.NON_FINITE)
+    index = (~broken).nonzero().flatten()
+    if not 0 < len(index) < batch:
         return None
     with no_derivatives():
         z = carry.value.detach()
         image, _ = problem.evaluate(z)
-        return rows if independent(problem.select(rows), z, image, rows) else None
+        if problem.divisible(batch) and independent(problem.select(index), z, image, index):
+            return Rows(index)
+        # What the args share cannot be divided, and what a function closes over not even be seen.
+        stand_ins = torch.where(broken, index[0], torch.arange(batch, device=broken.device))
+        parts = enumerate(pytree.tree_leaves(problem.args))
+        long = [i for i, part in parts if isinstance(part, Tensor) and part.ndim > 0 and len(part) == batch]
+        rows = Rows(stand_ins, broken, frozenset(long))
+        if not _stands_in(rows, problem, z, image):
+            # A weight may be as long as the batch by chance.
+            each = {i: Rows(stand_ins, broken, frozenset([i])) for i in long}
+            own = [i for i in long if _stands_in(each[i], problem, z, image)]
+            rows = Rows(stand_ins, broken, frozenset(own))
+        return rows if _stands_in(rows, problem, z, image, finite=True) else None
 
 
-def spread(stats: Stats, rows: Tensor, batch: int) -> Stats:
-    """Statistics of some rows as those of the whole batch; the others took no part and are NON_FINITE."""
-
-    def full(part: Tensor, missing: float) -> Tensor:
-        return part.new_full((batch,), missing).index_copy(0, rows, part)
-
-    return Stats(
-        full(stats.steps, 0),
-        full(stats.evaluations, 0),
-        full(stats.residual, float("nan")),
-        full(stats.status, int(Status.NON_FINITE)),
-    )
+def _stands_in(rows: Rows, problem: Problem, z: Tensor, image: Tensor, finite: bool = False) -> bool:
+    """Whether the function does to the rows that are not broken what it did before, and perhaps is finite in all."""
+    assert rows.broken is not None
+    among, _ = rows.of(problem).evaluate(z.index_select(0, rows.index))
+    rounding = torch.finfo(z.dtype).eps ** 0.5
+    sound = rows.broken | (norms(among - image) <= rounding * norms(image).clamp_min(rounding))
+    return all_true(sound & torch.isfinite(norms(among)) if finite else sound)
 
 
 class Witness:

@@ -86,7 +86,7 @@ class ReversibleSteps(Adjoint):
         rows = healthy_rows(task.problem, carry)
         if rows is not None:
             some = self._recorded(task.rows(rows))
-            carry = dataclasses.replace(carry, value=carry.value.detach().index_copy(0, rows, some.value))
+            carry = dataclasses.replace(carry, value=rows.merge(carry.value.detach(), some.value))
         return _unlabelled(carry)
 
     def _recorded(self, task: Task) -> Carry:

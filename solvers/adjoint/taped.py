@@ -72,8 +72,7 @@ def _taped(task: Task, run: Any) -> Carry:
         return carry
     # The recording of a broken row would carry its NaN into shared parameters: record the others alone.
     some: Carry = run(task.rows(rows))
-    value = carry.value.detach().index_copy(0, rows, some.value)
-    return dataclasses.replace(carry, value=value)
+    return dataclasses.replace(carry, value=rows.merge(carry.value.detach(), some.value))
 
 
 def _steps(task: Task, carry: Carry, end: int, witness: Witness) -> Carry:

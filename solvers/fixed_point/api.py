@@ -46,9 +46,9 @@ def fixed_point(
 
     Samples stop one by one. A sample that has converged or broken is frozen and touches no other; where every tensor
     in `args` has the batch in front, finished samples are taken out and cost no further evaluation. What `f` closes
-    over is shared by all samples, and then rows are only frozen. Of the gradients a broken sample is kept out, too, but
-    for one case: a NaN in what `f` closes over, which no other value can replace, reaches the parameters in `f`. So pass
-    through `args` whatever belongs to single samples.
+    over is shared by all samples, and then rows are only frozen. A broken sample is kept out of the others'
+    gradients, too, but for one case: a NaN in what `f` closes over, which cannot be replaced, reaches the parameters in
+    `f`. So pass through `args` what belongs to single samples.
 
     The steps depend on the data, so torch.compile leaves the solve alone: compile `f`, and the model around it.
 

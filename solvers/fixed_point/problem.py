@@ -80,13 +80,14 @@ class Problem:
         tensors = [leaf for leaf in pytree.tree_leaves(self.args) if isinstance(leaf, Tensor)]
         return bool(tensors) and all(t.ndim > 0 and t.shape[0] == batch for t in tensors)
 
-    def select(self, rows: Tensor, batch: int | None = None) -> Problem:
-        """The problem of some rows; only where `divisible`, or of those args that have a `batch` in front."""
-
-        def take(t: Tensor) -> Tensor:
-            return t.index_select(0, rows) if batch is None or (t.ndim > 0 and len(t) == batch) else t
-
-        args = pytree.tree_map_only(Tensor, take, self.args)
+    def select(self, rows: Tensor, leaves: frozenset[int] | None = None) -> Problem:
+        """The problem of some rows, taken from all args, for which it has to be `divisible`, or from some `leaves`."""
+        parts, structure = pytree.tree_flatten(self.args)
+        taken = [
+            part.index_select(0, rows) if isinstance(part, Tensor) and (leaves is None or i in leaves) else part
+            for i, part in enumerate(parts)
+        ]
+        args = pytree.tree_unflatten(taken, structure)
         return dataclasses.replace(self, args=args)
 
     def linearize(self, z: Tensor) -> LinearOperator:

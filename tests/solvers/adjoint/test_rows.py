@@ -99,6 +99,34 @@ class TestBrokenRows:
         if not isinstance(adjoint, (JacobianFreeAdjoint, PhantomAdjoint)):
             torch.testing.assert_close(grad[OTHERS], 1 / (1 - 0.5 * value.cos()), rtol=1e-3, atol=1e-3)
 
+    @pytest.mark.parametrize("mark", [torch.nan, 100.0])
+    def test_also_where_samples_share_some_of_the_args(self, adjoint, mark):
+        """The rows cannot be taken out then, but a healthy row can stand in for each that is broken."""
+        x = X.clone()
+        x[1] = x[3] = mark
+
+        def gradient(x, rows):
+            w = W.clone().requires_grad_()
+            value = fixed_point(
+                self.f, torch.zeros_like(x), (x, w), solver=solver_for(adjoint), adjoint=adjoint, rtol=1e-8,
+                max_steps=200,
+            ).value  # fmt: skip
+            return torch.autograd.grad(value[rows].square().sum(), w)[0]
+
+        torch.testing.assert_close(gradient(x, OTHERS), gradient(X[OTHERS], [0, 1, 2]), rtol=1e-10, atol=1e-12)
+
+    def test_a_weight_as_long_as_the_batch_is_not_taken_for_samples(self, adjoint):
+        x, a = X.clone(), torch.linspace(-1, 1, 5, dtype=D)
+        x[1] = 100.0
+
+        def f(z, x, w, a):
+            return self.f(z, x, w) + 0.1 * (a * torch.arange(5, dtype=D)).sum()
+
+        w = W.clone().requires_grad_()
+        value = fixed_point(f, torch.zeros_like(x), (x, w, a), solver=solver_for(adjoint), adjoint=adjoint).value
+        (grad,) = torch.autograd.grad(value[OTHERS].sum(), w)
+        assert torch.isfinite(grad).all()
+
     def test_all_rows_broken_is_no_error(self, adjoint):
         x = torch.full_like(X, torch.nan).requires_grad_()
         solution = fixed_point(
