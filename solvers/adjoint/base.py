@@ -15,7 +15,7 @@ from ..fixed_point.driver import Budget, Carry, independent, iterate, start
 from ..fixed_point.method import FixedPointSolver
 from ..fixed_point.problem import Problem
 from ..solution import Stats, Status
-from ..transforms import all_true, any_true, inside_transform, inside_vmap, no_derivatives, plain
+from ..transforms import all_true, any_true, derivative_levels, inside_vmap, no_derivatives, plain
 from ..tree import norms
 
 
@@ -226,7 +226,7 @@ class Witness:
 
 def wants_derivatives() -> bool:
     """Whether anything is being recorded: a graph, or tangents."""
-    return torch.is_grad_enabled() or forward_level() or inside_transform()
+    return torch.is_grad_enabled() or forward_level() or derivative_levels() > 0
 
 
 def forward_level() -> bool:

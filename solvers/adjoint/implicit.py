@@ -13,7 +13,7 @@ from torch.autograd.function import FunctionCtx
 from ..fixed_point.broyden import BroydenMemory, InverseJacobian
 from ..fixed_point.driver import Carry
 from ..fixed_point.method import FixedPointSolver
-from ..fixed_point.problem import Problem, operator_of_recording
+from ..fixed_point.problem import Problem, TooLargeError, operator_of_recording
 from ..linear import Auto, LinearOperator, LinearSolver
 from ..options import options, require
 from ..solution import AdjointWarning, Solution, SolverError, Stats, Status
@@ -120,7 +120,14 @@ def _attach_dense(problem: Problem, z: Tensor) -> Tensor:
     """
     with no_derivatives():
         joint = len(z) > 1 and coupled(problem.pullback(z), z)
-        matrix = problem.jacobian(z, joint)
+    try:
+        with no_derivatives():
+            matrix = problem.jacobian(z, joint)
+    except TooLargeError as error:
+        if derivative_levels() or forward_level():
+            raise
+        # Under vmap alone it may well be that nobody asks for the derivative.
+        return _Refused.apply(z, problem.residual(z), str(error))
     matrix = matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
     value = z
     for _ in range(max(derivative_levels(), 1) + 2):
@@ -133,6 +140,26 @@ def _attach_dense(problem: Problem, z: Tensor) -> Tensor:
         # A broken sample keeps the value that the solve left it with.
         value = torch.where(sound, value + step, value)
     return value
+
+
+class _Refused(torch.autograd.Function):
+    """z, whose derivative is an error."""
+
+    @staticmethod
+    def forward(z: Tensor, recorded: Tensor, reason: str) -> Tensor:
+        return z.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.reason = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise TooLargeError(ctx.reason)
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[int | None, ...], z: Tensor, recorded: Tensor, reason: str) -> tuple[Tensor, Any]:
+        return _Refused.apply(z, recorded, reason), dims[0]
 
 
 class _Wall(torch.autograd.Function):

@@ -18,6 +18,10 @@ DENSE_LIMIT = 2048
 """Numbers a sample up to which a Jacobian may be assembled."""
 
 
+class TooLargeError(ValueError):
+    """A Jacobian that would have to be assembled, and is too large for it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """z = f(z) or F(x) = 0 on matrices (batch, n).
@@ -129,15 +133,17 @@ class Problem:
                 have nothing to do with each other.
 
         Raises:
-            ValueError: a matrix would be larger than `DENSE_LIMIT`.
+            TooLargeError: a matrix would be larger than `DENSE_LIMIT`.
         """
         batch, size = z.shape
         n = batch * size if joint else size
         if n > DENSE_LIMIT:
             subject = "of a batch whose samples the function couples" if joint else "of a sample"
-            raise ValueError(
+            raise TooLargeError(
                 f"{self.name}: under torch.func transforms and in taped Newton steps the Jacobian {subject} is "
-                f"assembled, which is limited to {DENSE_LIMIT} numbers; this state has {n}."
+                f"assembled, which is limited to {DENSE_LIMIT} numbers; this state has {n}. Choose UnrollAdjoint() or "
+                "PhantomAdjoint() there, and another solver than Newton(); or torch.no_grad(), if no derivative is "
+                "wanted."
             )
         pull = self.pullback(z)
         basis = torch.eye(n, dtype=z.dtype, device=z.device)

@@ -172,6 +172,22 @@ class TestWhatTheyCannotDo:
         with pytest.raises(ValueError, match=r"assembled, which is limited to 2048 numbers; this state has 4000"):
             grad(lambda x: fixed_point(lambda z, x: 0.5 * z + x, torch.zeros_like(x), (x,)).value.sum())(x)
 
+    def test_vmap_of_a_large_state_finds_it_and_refuses_only_its_derivative(self):
+        xs, w = torch.randn(2, 1, 4000), torch.full((4000,), 0.5, requires_grad=True)
+
+        def one(x):
+            return fixed_point(lambda z, x: torch.tanh(w * z + x), torch.zeros_like(x), (x,)).value
+
+        expected = torch.cat([one(x) for x in xs]).detach()
+        with torch.no_grad():
+            torch.testing.assert_close(vmap(one)(xs).squeeze(1), expected)
+        with torch.inference_mode():
+            torch.testing.assert_close(vmap(one)(xs).squeeze(1), expected)
+        values = vmap(one)(xs)
+        torch.testing.assert_close(values.detach().squeeze(1), expected)
+        with pytest.raises(ValueError, match=r"this state has 4000.*UnrollAdjoint\(\)"):
+            values.sum().backward()
+
     def test_a_singular_jacobian_is_an_error_here_too(self):
         with pytest.raises(SolverError, match="singular"):
             grad(lambda t: root(lambda x, t: x**2 + t**2 - 1, torch.zeros(1, 1, dtype=D), (t,)).value.sum())(
