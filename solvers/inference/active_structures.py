@@ -30,40 +30,39 @@ class ActiveStructures:
         # one, the one changes nothing.
         self.gram = self.rows @ self.rows.mT + 1
 
-    def mean(self) -> Tensor:
-        """The mixture's rows (batch, n)."""
-        return (self.weights.unsqueeze(1) @ self.rows).squeeze(1)
+    def mean(self, batch: Tensor) -> Tensor:
+        """The mixtures' rows (m, n), of the samples `batch` (m,)."""
+        return (self.weights[batch].unsqueeze(1) @ self.rows[batch]).squeeze(1)
 
-    def value(self, mean: Tensor) -> Tensor:
-        """The mean of what every structure is worth at the mixture, (batch,)."""
-        return (self.weights * self.scores).sum(1) - mean.square().sum(1)
+    def value(self, batch: Tensor, mean: Tensor) -> Tensor:
+        """The mean of what every structure is worth at the mixture, (m,)."""
+        return (self.weights[batch] * self.scores[batch]).sum(1) - mean.square().sum(1)
 
-    def scale(self) -> Tensor:
-        """Largest score (batch,), by which rounding is judged."""
-        return self.scores.where(self.used, 0.0).abs().amax(1)
+    def scale(self, batch: Tensor) -> Tensor:
+        """Largest score (m,), by which rounding is judged."""
+        return self.scores[batch].where(self.used[batch], 0.0).abs().amax(1)
 
-    def holds(self, rows: Tensor) -> Tensor:
-        """Whether the structure of these rows (batch, n) is in use, (batch,)."""
-        return ((self.rows == rows.unsqueeze(1)).all(2) & self.used).any(1)
+    def holds(self, batch: Tensor, rows: Tensor) -> Tensor:
+        """Whether the structure of these rows (m, n) is in use, (m,)."""
+        return ((self.rows[batch] == rows.unsqueeze(1)).all(2) & self.used[batch]).any(1)
 
-    def add(self, which: Tensor, indicators: Parts, rows: Tensor, scores: Tensor) -> None:
-        """Take up a structure in the samples `which` (batch,), and find the best weights."""
-        if not bool(which.any()):
+    def add(self, batch: Tensor, indicators: Parts, rows: Tensor, scores: Tensor) -> None:
+        """Take up one more structure in each of the samples `batch` (m,), and find the best weights."""
+        if not len(batch):
             return
-        if bool((self.used.all(1) & which).any()):
+        if bool(self.used[batch].all(1).any()):
             self._grow()
-        batch = torch.arange(len(rows), device=rows.device)[which]
-        slot = self.used.long().argmin(1)[which]
+        slot = self.used[batch].long().argmin(1)
         for mine, new in zip(self.indicators, indicators, strict=True):
-            mine[batch, slot] = new[which]
-        self.rows[batch, slot] = rows[which]
-        self.scores[batch, slot] = scores[which]
-        products = (self.rows @ rows.unsqueeze(2)).squeeze(2) + 1
-        self.gram[batch, slot] = products[which]
-        self.gram[batch, :, slot] = products[which]
+            mine[batch, slot] = new
+        self.rows[batch, slot] = rows
+        self.scores[batch, slot] = scores
+        products = (self.rows[batch] @ rows.unsqueeze(2)).squeeze(2) + 1
+        self.gram[batch, slot] = products
+        self.gram[batch, :, slot] = products
         self._make_independent(batch, slot)
         self.used[batch, slot] = True
-        self._reweigh(which)
+        self._reweigh(batch)
 
     def summary(self) -> tuple[Tensor, Tensor, Parts]:
         """The structures in use in front, and as many slots as the largest support has.
@@ -77,8 +76,8 @@ class ActiveStructures:
         used = self.used[batch, order]
         weights = self.weights[batch, order]
         indicators = tuple(i[batch, order] * used.reshape(used.shape + (1,) * (i.ndim - 2)) for i in self.indicators)
-        inverse = torch.cholesky_inverse(self._factor(self.used)) * (self.used.unsqueeze(1) & self.used.unsqueeze(2))
-        inverse = inverse[batch.unsqueeze(2), order.unsqueeze(2), order.unsqueeze(1)]
+        gram = self.gram[batch.unsqueeze(2), order.unsqueeze(2), order.unsqueeze(1)]
+        inverse = torch.cholesky_inverse(_factor(gram, used)) * (used.unsqueeze(1) & used.unsqueeze(2))
         ones = inverse.sum(2)
         slope = inverse - ones.unsqueeze(2) * ones.unsqueeze(1) / ones.sum(1)[:, None, None]
         return weights, slope, indicators
@@ -95,12 +94,6 @@ class ActiveStructures:
         self.used = padded(self.used)
         self.gram = padded(padded(self.gram).mT).mT.contiguous()
 
-    def _factor(self, used: Tensor) -> Tensor:
-        """The Cholesky factor of the Gram matrix of the slots in use, and one elsewhere."""
-        both = used.unsqueeze(1) & used.unsqueeze(2)
-        one = torch.eye(used.shape[1], dtype=self.gram.dtype, device=used.device)
-        return torch.linalg.cholesky_ex(torch.where(both, self.gram, one))[0]
-
     def _make_independent(self, batch: Tensor, slot: Tensor) -> None:
         """Where a new structure lies in the affine hull of the others, put it into the place of one of them.
 
@@ -109,7 +102,7 @@ class ActiveStructures:
         """
         used = self.used[batch]
         column = self.gram[batch, :, slot] * used
-        line = -torch.cholesky_solve(column.unsqueeze(2), self._factor(self.used)[batch]).squeeze(2) * used
+        line = -torch.cholesky_solve(column.unsqueeze(2), _factor(self.gram[batch], used)).squeeze(2) * used
         own = self.gram[batch, slot, slot]
         # Gram matrices are of integers: what is not zero is far above rounding.
         dependent = own + (column * line).sum(1) <= 1e-9 * own
@@ -126,22 +119,30 @@ class ActiveStructures:
         self.weights[batch] = weights.clamp(min=0)
         self.used[batch, out] = False
 
-    def _reweigh(self, which: Tensor) -> None:
+    def _reweigh(self, batch: Tensor) -> None:
         """The best weights; structures whose weight reaches zero on the way there are dropped."""
-        for _ in range(2 * self.scores.shape[1]):
-            right = torch.stack([self.scores * self.used, self.used.to(self.scores.dtype)], 2)
-            plain, ones = torch.cholesky_solve(right, self._factor(self.used)).unbind(2)
+        gram, scores, weights, used = (x[batch] for x in (self.gram, self.scores, self.weights, self.used))
+        sample = torch.arange(len(batch), device=batch.device)
+        for _ in range(scores.shape[1]):
+            right = torch.stack([scores * used, used.to(scores.dtype)], 2)
+            plain, ones = torch.cholesky_solve(right, _factor(gram, used)).unbind(2)
             shift = (1 - plain.sum(1)) / ones.sum(1)
-            target = plain + shift.unsqueeze(1) * ones
-            below = (target < 0) & self.used & which.unsqueeze(1)
+            target = (plain + shift.unsqueeze(1) * ones) * used
+            below = target < 0
             blocked = below.any(1)
-            self.weights = torch.where((which & ~blocked).unsqueeze(1), target * self.used, self.weights)
-            if not bool(blocked.any()):
-                return
-            ratio = torch.where(below, self.weights / (self.weights - target), torch.inf)
+            ratio = torch.where(below, weights / (weights - target), torch.inf)
             step, out = ratio.min(1)
-            moved = (self.weights + step.unsqueeze(1) * (target - self.weights)).clamp(min=0)
-            self.weights = torch.where(blocked.unsqueeze(1), moved, self.weights)
-            rows = torch.arange(len(blocked), device=blocked.device)[blocked]
-            self.weights[rows, out[blocked]] = 0.0
-            self.used[rows, out[blocked]] = False
+            moved = (weights + step.clamp(max=1).unsqueeze(1) * (target - weights)).clamp(min=0)
+            weights = torch.where(blocked.unsqueeze(1), moved, target)
+            if not bool(blocked.any()):
+                break
+            weights[sample[blocked], out[blocked]] = 0.0
+            used[sample[blocked], out[blocked]] = False
+        self.weights[batch], self.used[batch] = weights, used
+
+
+def _factor(gram: Tensor, used: Tensor) -> Tensor:
+    """The Cholesky factor of the Gram matrices of the slots in use, and one elsewhere."""
+    both = used.unsqueeze(1) & used.unsqueeze(2)
+    one = torch.eye(used.shape[1], dtype=gram.dtype, device=used.device)
+    return torch.linalg.cholesky_ex(torch.where(both, gram, one))[0]

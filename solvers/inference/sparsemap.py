@@ -98,44 +98,44 @@ def _search(problem: Structured, parts: Parts, max_steps: int) -> tuple[ActiveSt
     shapes = [part.shape[1:] for part in _squared(problem, parts)]
     sizes = [shape.numel() for shape in shapes]
 
-    def best(pull: Tensor | None) -> tuple[Parts, Tensor, Tensor]:
-        """The best structure where the potentials of squared parts are lower by `pull`.
+    def best(batch: Tensor, pull: Tensor | None) -> tuple[Parts, Tensor, Tensor]:
+        """The best structure of some samples where the potentials of squared parts are lower by `pull`.
 
         Returns its indicators, those of squared parts in a row, and its score by the original potentials.
         """
-        changed = list(parts)
+        original = tuple(part[batch] for part in parts)
+        changed = list(original)
         if pull is not None:
             for k, shift, shape in zip(problem._squared, pull.split(sizes, 1), shapes, strict=True):
                 changed[k] = changed[k] - shift.to(changed[k].dtype).reshape(-1, *shape)
         oracle._parts = tuple(changed)
+        oracle.lengths = None if problem.lengths is None else problem.lengths[batch]
         found = tuple(part.detach() for part in oracle._argmax())
-        score = _scores(parts, tuple(i.unsqueeze(1) for i in found)).squeeze(1)
+        score = _scores(original, tuple(i.unsqueeze(1) for i in found)).squeeze(1)
         return found, torch.cat([i.flatten(1) for i in _squared(problem, found)], 1).double(), score
 
-    found, rows, scores = best(None)
+    batch = torch.arange(len(parts[0]), device=parts[0].device)
+    found, rows, scores = best(batch, None)
     problem._exists(scores)
-    batch = len(scores)
     active = ActiveStructures(found, rows, scores)
-    steps = torch.ones(batch, dtype=torch.int64, device=scores.device)
-    status = torch.full_like(steps, Status.MAX_STEPS)
+    steps = torch.ones_like(batch)
+    status = torch.full_like(batch, Status.MAX_STEPS)
     residual = torch.full_like(scores, torch.inf)
     tolerance = 64 * torch.finfo(parts[0].dtype).eps
     for _ in range(max_steps - 1):
-        open_ = status == Status.MAX_STEPS
-        if not bool(open_.any()):
-            break
-        mean = active.mean()
-        found, rows, scores = best(mean)
-        reached, new = active.value(mean), scores - (rows * mean).sum(1)
-        scale = 1 + active.scale() + scores.abs()
-        gap = ((new - reached) / scale).clamp(min=0)
-        residual = torch.where(open_, gap, residual)
+        mean = active.mean(batch)
+        found, rows, scores = best(batch, mean)
+        gained = scores - (rows * mean).sum(1) - active.value(batch, mean)
+        gap = (gained / (1 + active.scale(batch) + scores.abs())).clamp(min=0)
+        residual[batch] = gap
         # One that is in the support already could only win by rounding.
-        done = open_ & ((gap <= tolerance) | active.holds(rows))
-        status = torch.where(done, Status.CONVERGED, status)
-        open_ = open_ & ~done
-        steps = steps + open_
-        active.add(open_, found, rows, scores)
+        done = (gap <= tolerance) | active.holds(batch, rows)
+        status[batch[done]] = Status.CONVERGED
+        batch = batch[~done]
+        if not len(batch):
+            break
+        steps[batch] += 1
+        active.add(batch, tuple(i[~done] for i in found), rows[~done], scores[~done])
     return active, Stats(steps, steps.clone(), residual, status)
 
 
