@@ -4,6 +4,7 @@ import itertools
 
 import torch
 
+from restpoint.models import StructuredAttention
 from restpoint.solvers import UnrollAdjoint, root
 from restpoint.solvers.inference import (
     DependencyTree,
@@ -90,6 +91,25 @@ class TestStructuredAttention:
         ours, theirs = (torch.autograd.grad((m * probe).sum(), (potentials, unary)) for m in (single, exact))
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+    def test_a_layer_that_trains(self):
+        """Every position is asked for the value of the one before it, to which a tree's arcs have to lead."""
+        torch.manual_seed(0)
+        attention = StructuredAttention(16, 1, vdim=4, batch_first=True, structure="projective-tree")
+        places, head = torch.nn.Parameter(torch.randn(1, 6, 16)), torch.nn.Linear(16, 4)
+        optimizer = torch.optim.Adam([*attention.parameters(), places, *head.parameters()], 0.02)
+        losses = []
+        for _ in range(60):
+            labels = torch.randint(4, (16, 6))
+            keys = places.expand(16, 6, 16)
+            output, weights = attention(keys, keys, torch.nn.functional.one_hot(labels, 4).float())
+            loss = torch.nn.functional.cross_entropy(head(output[:, 1:]).flatten(0, 1), labels[:, :-1].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        assert losses[-1] < 0.3 < 1 < losses[0]
+        assert weights.detach().mean(0)[1:].argmax(1).tolist() == [0, 1, 2, 3, 4]
 
 
 class TestExponentialFamilies:
