@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import enum
 import functools
 import types
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 from .reasons import Unfit
 
-# Of things within a field, which are looked at anew with every solve.
-_MOST = 5_000
+# Of things and values within a field, which are looked at anew with every solve.
+_MOST = 20_000
 _VALUES = (bool, int, str, bytes, complex, type(None), enum.Enum, torch.dtype, torch.device, torch.Size)
 # Code that does not change between two solves.
 _LIBRARIES = ("torch", "numpy", "builtins", "math", "functools", "operator", "jaxtyping", "beartype")
@@ -51,6 +52,8 @@ class Fingerprint:
         self.key: Hashable = tuple(self._parts)
 
     def _visit(self, thing: Any) -> None:
+        if len(self._parts) >= _MOST:
+            raise Unfit("the field holds more objects than can be looked through with every solve")
         if isinstance(thing, float):
             self._parts.append(repr(thing))
             return
@@ -61,8 +64,6 @@ class Fingerprint:
         if known is not None:
             self._parts.append(known)
             return
-        if len(self._seen) >= _MOST:
-            raise Unfit("the field holds more objects than can be looked through with every solve")
         self._seen[id(thing)] = len(self._seen)
         self._held.append(thing)
         if isinstance(thing, Tensor):
@@ -176,6 +177,7 @@ def _of_library(thing: Any) -> bool:
 
 @functools.lru_cache(maxsize=1000)
 def _names(code: types.CodeType) -> tuple[str, ...]:
-    """The names that a function and those defined inside it may look up among its globals."""
+    """The names that a function and those defined inside it look up among its globals."""
+    own = [step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
     inner = [name for part in code.co_consts if isinstance(part, types.CodeType) for name in _names(part)]
-    return tuple(dict.fromkeys([*code.co_names, *inner]))
+    return tuple(dict.fromkeys([*own, *inner]))

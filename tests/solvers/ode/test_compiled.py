@@ -287,6 +287,7 @@ class Counting(nn.Module):
 
 
 DOUBLED = 2 * WEIGHT
+MANY = list(range(30_000))
 
 
 @pytest.mark.parametrize(
@@ -301,8 +302,9 @@ DOUBLED = 2 * WEIGHT
         (network, {"controller": PIDController(per_sample=True)}, "steps per sample"),
         (network, {"controller": PIDController(jump_t=(0.5,))}, "jump_t"),
         (network, {"adjoint": BacksolveAdjoint()}, "BacksolveAdjoint asks for another one"),
+        (lambda t, y: -y + len(MANY), {}, "more objects"),
     ],
-    ids=["branch", "random", "counter", "computed", "implicit", "event", "per sample", "jump", "adjoint"],
+    ids=["branch", "random", "counter", "computed", "implicit", "event", "per sample", "jump", "adjoint", "many"],
 )
 def test_what_is_not_compiled_says_why(field, options, reason):
     y0 = randn(4, 3).requires_grad_()
