@@ -23,8 +23,8 @@ SIGN = 1e-9
 """What counts as negative, relative to the largest entry."""
 
 
-def guess_active(problem: Programme) -> tuple[Tensor, Tensor]:
-    """The active inequalities (batch, m), and the samples (batch,) in which that guess has the right signs.
+def guess_active(problem: Programme) -> tuple[Tensor, Tensor, Tensor]:
+    """The active inequalities (batch, m), the samples (batch,) in which they have the right signs, and steps (batch,).
 
     Nothing that follows relies on the guess: it is exact up to the condition number of Q, and meant to be checked.
     It costs m x m factorisations, with no products of matrices but at the start; the method for a positive definite Q
@@ -34,17 +34,19 @@ def guess_active(problem: Programme) -> tuple[Tensor, Tensor]:
     batch, m = e.shape
     active = torch.zeros(batch, m, dtype=torch.bool, device=e.device)
     right = torch.zeros(batch, dtype=torch.bool, device=e.device)
+    steps = torch.zeros(batch, dtype=torch.int64, device=e.device)
     rows = (torch.isfinite(K).flatten(1).all(1) & torch.isfinite(e).all(1)).nonzero().flatten()
     if len(rows) < batch:
         K, e = K[rows], e[rows]
     if len(rows) == 0:
-        return active, right
+        return active, right, steps
     diagonal = K.diagonal(dim1=1, dim2=2).clamp_min(1e-12)
     size = (e.abs() / diagonal.sqrt()).mean(1, keepdim=True).clamp_min(1e-6)
     z = torch.maximum(-e / diagonal, size / diagonal.sqrt())
     s = torch.maximum(e, size * diagonal.sqrt())
     for k in range(STEPS):
         z, s, guess = _step(K, e, z, s)
+        steps[rows] = k + 1
         if k < FIRST:
             continue
         solved, sets = _try(K, e, guess)
@@ -58,7 +60,7 @@ def guess_active(problem: Programme) -> tuple[Tensor, Tensor]:
             break
         if len(kept) < len(rows):
             rows, K, e, z, s = rows[kept], K[kept], e[kept], z[kept], s[kept]
-    return active, right
+    return active, right, steps
 
 
 def reduced(problem: Programme) -> tuple[Tensor, Tensor]:

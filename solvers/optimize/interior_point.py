@@ -86,7 +86,8 @@ class _Run:
         if self.polishing and m > 0 and start is not None:
             x, v = start
             active = v[:, :m] > problem.d[:, :m] - times(problem.C, x)[:, :m]
-            problem = self._shortcut(problem, active, torch.isfinite(x).all(1) & torch.isfinite(v).all(1))
+            known = torch.isfinite(x).all(1) & torch.isfinite(v).all(1)
+            problem = self._shortcut(problem, active, known, known.long())
         if self.polishing and 0 < m <= 2 * problem.q.shape[1] and problem.root is not None and len(self.rows):
             problem = self._shortcut(problem, *guess_active(problem))
         if len(self.rows) == 0:
@@ -118,7 +119,7 @@ class _Run:
         self._give_up(problem, state, self.limits.max_steps)
         return self.found
 
-    def _shortcut(self, problem: Programme, active: Tensor, right: Tensor) -> Programme:
+    def _shortcut(self, problem: Programme, active: Tensor, right: Tensor, steps: Tensor) -> Programme:
         """Prove the optimum of the samples whose active set is likely to be right; the samples that are left."""
         at = right.nonzero().flatten()
         if len(at) == 0:
@@ -127,7 +128,7 @@ class _Run:
         part = problem if everything else problem.select(at)
         result = polish(part, active if everything else active[at], None, None, PROOF)
         good = result.proved.nonzero().flatten()
-        self.found.prove(self.rows[at[good]], result, good, 1)
+        self.found.prove(self.rows[at[good]], result, good, steps[at[good]])
         left = torch.ones_like(right)
         left[at[good]] = False
         left = left.nonzero().flatten()

@@ -132,7 +132,8 @@ def solve_program(
         require(adjoint, CentralPath, "adjoint")
     limits = make_limits(rtol, atol, solver.budget if max_steps is None else max_steps)
     with autocast_to(None, inputs.q.device):
-        return _solve(inputs, Request(solver, limits, adjoint.barrier if adjoint else 0.0), start)
+        barrier = 0.0 if adjoint is None else adjoint.barrier
+        return _solve(inputs, Request(solver, limits, barrier, torch.finfo(inputs.dtype).eps), start)
 
 
 def make_limits(rtol: float, atol: float, max_steps: int) -> Limits:

@@ -22,11 +22,12 @@ CACHED = 200_000
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """How to solve: the method, its limits, the barrier of a smoothed programme, or zero."""
+    """How to solve: the method, its limits, the barrier of a smoothed programme or zero, the inputs' resolution."""
 
     solver: QPSolver
     limits: Limits
-    barrier: float = 0.0
+    barrier: float
+    resolution: float
 
 
 class Optimum(NamedTuple):
@@ -91,8 +92,8 @@ def _find(programme: Programme, request: Request, x0: Tensor | None, v0: Tensor 
         d = torch.where(free, 1.0, d)
     healthy = _finite(programme.Q, batch) & _finite(C, batch) & torch.isfinite(programme.q).all(1)
     healthy = healthy & torch.isfinite(d).all(1)
-    root = _root(programme.Q, healthy)
-    whole = dataclasses.replace(programme, C=C, d=d, root=root)
+    Q, root = _convex(programme.Q, healthy, request.resolution)
+    whole = dataclasses.replace(programme, Q=Q, C=C, d=d, root=root)
     rows = healthy.nonzero().flatten()
     everything = len(rows) == batch
     problem, scale = scaled(whole if everything else whole.select(rows))
@@ -166,32 +167,37 @@ def _finite(matrix: Tensor, batch: int) -> Tensor:
     return torch.isfinite(matrix.flatten(-2).sum(-1)).expand(batch)
 
 
-def _root(Q: Tensor, healthy: Tensor) -> Tensor | None:
-    """The Cholesky factor of Q, or None where some sample has none.
+def _convex(Q: Tensor, healthy: Tensor, resolution: float) -> tuple[Tensor, Tensor | None]:
+    """Q without eigenvalues that rounding made negative, and its Cholesky factor, or None where some sample has none.
 
     Raises:
         ValueError: a sample's Q has a negative eigenvalue, beyond rounding.
     """
     if not bool((Q != 0).any()) or not bool(healthy.any()):
-        return None
+        return Q, None
+    n = Q.shape[-1]
+    eye = torch.eye(n, dtype=Q.dtype, device=Q.device)
     some = healthy if Q.ndim == 3 else healthy.new_ones(1)
     matrix = Q if Q.ndim == 3 else Q.unsqueeze(0)
     if not bool(some.all()):
-        matrix = torch.where(some[:, None, None], matrix, torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device))
+        matrix = torch.where(some[:, None, None], matrix, eye)
     root, info = torch.linalg.cholesky_ex(matrix)
     failed = (info != 0).nonzero().flatten()
     if len(failed) == 0:
-        return root if Q.ndim == 3 else root[0]
+        return Q, root if Q.ndim == 3 else root[0]
     values = torch.linalg.eigvalsh(matrix[failed])
-    negative = values[:, 0] < -1e-9 * values.abs().amax(1)
+    least = values[:, 0]
+    negative = least < -max(1e-9, 10 * n * resolution) * values.abs().amax(1)
     if bool(negative.any()):
-        worst = int(torch.where(negative, values[:, 0], 0.0).argmin())
+        worst = int(torch.where(negative, least, 0.0).argmin())
         where = f" in sample {int(failed[worst])}" if Q.ndim == 3 else ""
         raise ValueError(
-            f"Q is indefinite{where}: its smallest eigenvalue is {float(values[worst, 0]):.3g}. A quadratic programme "
+            f"Q is indefinite{where}: its smallest eigenvalue is {float(least[worst]):.3g}. A quadratic programme "
             "with such a Q is not convex; use minimize, or add a multiple of the identity."
         )
-    return None
+    shift = torch.zeros_like(matrix[:, 0, 0]).index_copy(0, failed, least.clamp_max(0).neg())
+    matrix = matrix + shift[:, None, None] * eye
+    return torch.where(some[:, None, None], matrix, Q) if Q.ndim == 3 else matrix[0], None
 
 
 def _certify(problem: Programme, failed: Tensor, status: Tensor, farkas: Tensor, ray: Tensor, limits: Limits) -> None:

@@ -150,7 +150,7 @@ class Found:
         names = [f.name for f in dataclasses.fields(cls) if f.name != "factor"]
         return cls(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names}, factor=factor)
 
-    def prove(self, rows: Tensor, result: Polished, which: Tensor, steps: int) -> None:
+    def prove(self, rows: Tensor, result: Polished, which: Tensor, steps: int | Tensor) -> None:
         """Note the optimum of some `rows`, the samples `which` of a polished result."""
         factor = result.saddle.factor
         if len(which) == len(self.x):

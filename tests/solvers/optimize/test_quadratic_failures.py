@@ -55,6 +55,16 @@ class TestDegenerate:
         assert solution.converged.all()
         assert violation(given, solution).max() < 1e-9
 
+    def test_semidefinite_but_for_rounding(self):
+        """In float32 a product of low rank has negative eigenvalues."""
+        _, _, G, h, A, b = problem()
+        factor = torch.randn(BATCH, N, 6, generator=generator(3))
+        q = -times(G.mT, torch.rand(BATCH, N, generator=generator(4), dtype=D))
+        solution = quadratic_program(factor @ factor.mT, q.float(), *(t.float() for t in (G, h, A, b)))
+        exact = quadratic_program(factor.to(D) @ factor.to(D).mT, q, G, h, A, b)
+        assert solution.converged.all()
+        torch.testing.assert_close(solution.objective.to(D), exact.objective, rtol=1e-4, atol=1e-4)
+
     @pytest.mark.parametrize("polish", [True, False])
     def test_an_optimum_that_is_not_unique_is_found_and_its_gradient_refused(self, polish):
         zero, one = torch.zeros(1, 1, dtype=D), torch.ones(1, 2, dtype=D)
