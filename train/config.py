@@ -46,6 +46,7 @@ class DataConfig:
         transform: of an image_folder's training images: options of timm.data.create_transform, such as
             {scale: [0.5, 1.0], hflip: 0.5, auto_augment: rand-m9}; None only resizes.
         workers: processes that read an image_folder's files ahead.
+        length: characters of a text that a model sees at a time.
     """
 
     name: str = "digits"
@@ -57,6 +58,7 @@ class DataConfig:
     shape: tuple[int, int, int] | None = None
     transform: dict[str, Any] | None = None
     workers: int = 0
+    length: int = 128
 
 
 @dataclasses.dataclass

@@ -10,10 +10,22 @@ from ..solvers.options import suggest
 from ..zoo import create_model
 from ..zoo.factory import Blueprint
 from .data import Batches, DataError, FolderSource, Source, load_data
-from .tasks import DensityEstimation, ImageClassification, SequenceTagging, Task
+from .tasks import (
+    DensityEstimation,
+    ImageClassification,
+    LanguageModelling,
+    SequenceTagging,
+    SeriesClassification,
+    Task,
+)
 
 # By the registry's word for what a model does; a new task is one line here.
-TASKS: dict[str, Task] = {task.kind: task for task in (ImageClassification(), DensityEstimation(), SequenceTagging())}
+TASKS: dict[str, Task] = {
+    task.kind: task
+    for task in (
+        ImageClassification(), DensityEstimation(), SequenceTagging(), LanguageModelling(), SeriesClassification(),
+    )
+}  # fmt: skip
 
 
 def evaluate_model(

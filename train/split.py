@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from .config import Config
-from .data import AnySource, Batches, DataError, FolderBatches, FolderSource, MixedBatches, Source
+from .data import AnySource, Batches, DataError, FolderBatches, FolderSource, MixedBatches, Source, TextSource
 
 
 def split_batches(config: Config, source: AnySource, device: str = "cpu") -> tuple[Any, Any]:
@@ -18,7 +19,7 @@ def split_batches(config: Config, source: AnySource, device: str = "cpu") -> tup
     """
     data = config.data
     if not isinstance(source, Source | FolderSource):
-        other: Any = source
+        other: Any = dataclasses.replace(source, length=data.length) if isinstance(source, TextSource) else source
         return other.batches(data.batch_size, data.eval_batch_size, data.validation, config.seed, device)
     train_set: Any = source.train
     held_out: Any = source.test

@@ -8,7 +8,9 @@ from .digits import digits
 from .folder import FolderBatches, FolderSource, image_folder
 from .mix import MixedBatches
 from .mnist import mnist
+from .physionet import Series, SeriesBatches, SeriesSource, physionet2012
 from .source import DATASETS, AnySource, DataError, ImageSet, Source, load_data, register_data
+from .text import TextBatches, TextSource, text_file, tinyshakespeare
 
 __all__ = [
     "DATASETS",
@@ -24,13 +26,21 @@ __all__ = [
     "PointBatches",
     "PointSource",
     "SentenceBatches",
+    "Series",
+    "SeriesBatches",
+    "SeriesSource",
     "Source",
     "TaggedSet",
     "TaggedSource",
+    "TextBatches",
+    "TextSource",
     "digits",
     "image_folder",
     "load_data",
     "mnist",
+    "physionet2012",
     "register_data",
+    "text_file",
+    "tinyshakespeare",
     "ud_english_ewt",
 ]

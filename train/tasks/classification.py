@@ -57,7 +57,7 @@ class ImageClassification(Task):
     def losses(self, model: nn.Module, batch: Batch | Mixed, step: int) -> Outcome:
         """Cross-entropy and penalties of a batch."""
         images, labels = batch
-        if not _is_equilibrium(model):
+        if not is_equilibrium(model):
             logits = model(images)
             loss = self._cross_entropy(logits, labels)
             return Outcome(loss, {"accuracy": _accuracy(logits, labels)})
@@ -94,7 +94,7 @@ class ImageClassification(Task):
         solutions: list[Solution[Any]] = []
         with torch.no_grad():
             for images, labels in batches:
-                if _is_equilibrium(model):
+                if is_equilibrium(model):
                     solution = model.solve_problem(model.problem(images))  # type: ignore[operator]
                     logits = model.forward_head(solution.value)  # type: ignore[operator]
                     solution.value = None
@@ -106,7 +106,7 @@ class ImageClassification(Task):
                 count += len(labels)
         model.train(was_training)
         result = {"accuracy": hits / count, "cross_entropy": entropy / count}
-        return {**result, **_solve_statistics(solutions)} if solutions else result
+        return {**result, **solve_statistics(solutions)} if solutions else result
 
     def diagnose(self, model: nn.Module, batch: Batch | Mixed) -> dict[str, float]:
         """For equilibrium models the spectral radius of the cell at the rest points of the batch's first images.
@@ -114,7 +114,7 @@ class ImageClassification(Task):
         Returns:
             spectral_radius and spectral_radius_max: its mean and largest value. Below 1 a rest point attracts.
         """
-        if not _is_equilibrium(model):
+        if not is_equilibrium(model):
             return {}
         was_training = model.training
         model.eval()  # dropout would draw
@@ -130,7 +130,8 @@ class ImageClassification(Task):
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
 
-def _is_equilibrium(model: nn.Module) -> bool:
+def is_equilibrium(model: nn.Module) -> bool:
+    """Whether the model's solves can be asked for."""
     return all(hasattr(model, name) for name in ("problem", "solve_problem", "forward_head"))
 
 
@@ -139,7 +140,8 @@ def _accuracy(logits: Tensor, labels: Tensor) -> float:
     return float((logits.detach().argmax(dim=1) == labels).float().mean())
 
 
-def _solve_statistics(solutions: list[Solution[Any]]) -> dict[str, float]:
+def solve_statistics(solutions: list[Solution[Any]]) -> dict[str, float]:
+    """Mean and largest evaluations, the largest residual, and the share of samples that converged."""
     evaluations = torch.cat([s.stats.evaluations for s in solutions]).double()
     residual = torch.cat([s.stats.residual for s in solutions])
     converged = torch.cat([s.converged for s in solutions]).double()
