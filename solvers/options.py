@@ -5,8 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from typing import Any, TypeVar, dataclass_transform
+import inspect
+import math
+import numbers
+import operator
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, dataclass_transform
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -39,10 +45,58 @@ def options(cls: type[T]) -> type[T]:
         generated(self, *args, **kwargs)
 
     frozen.__init__ = __init__  # type: ignore[method-assign]
+    _OPTIONS.add(frozen)
     return frozen
 
 
-def require(instance: object, base: type, argument: str) -> None:
+_OPTIONS: set[type] = set()
+
+
+def spelled(function: Callable[P, T]) -> Callable[P, T]:
+    """`function`, which answers an unknown keyword with a suggestion."""
+    names = [name for name in inspect.signature(function).parameters if name != "self"]
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        for name in kwargs:
+            if name not in names:
+                called = function.__qualname__.removesuffix(".__init__")
+                raise TypeError(
+                    f"{called} has no argument {name!r}.{suggest(name, names)} Its arguments: {', '.join(names)}."
+                )
+        return function(*args, **kwargs)
+
+    return run
+
+
+def check_integer(owner: str, name: str, value: object, least: int = 1) -> int:
+    """`value` as an int, be it Python's, numpy's or a tensor's.
+
+    Raises:
+        ValueError: it is no integer, or below `least`.
+    """
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < least:
+        raise ValueError(f"{owner}{name} must be an integer of at least {least}; got {value!r}.")
+    return number
+
+
+def check_real(owner: str, name: str, value: object, holds: Callable[[float], bool], what: str) -> float:
+    """`value` as a float, be it Python's or numpy's.
+
+    Raises:
+        ValueError: it is no number, not finite, or `holds` does not; `what` says what should.
+    """
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (real and math.isfinite(value) and holds(value)):  # type: ignore[arg-type]
+        raise ValueError(f"{owner}{name} must be {what}; got {value!r}.")
+    return float(value)  # type: ignore[arg-type]
+
+
+def require(instance: object, base: type | tuple[type, ...], argument: str) -> None:
     """Check that `instance`, given as `argument`, is an instance of `base` and not a class or a name.
 
     Raises:
@@ -50,7 +104,10 @@ def require(instance: object, base: type, argument: str) -> None:
     """
     if isinstance(instance, base):
         return
-    choices = sorted(c.__name__ for c in _subclasses(base) if not c.__name__.startswith("_"))
+    bases = base if isinstance(base, tuple) else (base,)
+    # Only what is made to be chosen from: there are classes that serve others.
+    known = {c for b in bases for c in _subclasses(b) | {b} if not getattr(c, "__abstractmethods__", None)}
+    choices = sorted(c.__name__ for c in known & _OPTIONS or known if not c.__name__.startswith("_"))
     if isinstance(instance, type) and issubclass(instance, base):
         raise TypeError(f"{argument} must be an instance: write {argument}={instance.__name__}().")
     hint = suggest(instance, choices) if isinstance(instance, str) else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import sys
 import warnings
 from typing import Any, Generic, TypeVar
 
@@ -169,20 +170,27 @@ class Solution(Generic[T]):
 
         Under vmap the samples of all examples count, one after another.
         """
+        worst = self._worst()
+        batch, failed = worst.batch, worst.failed
+        if not failed:
+            return f"all {batch} samples converged"
+        return (
+            f"{failed} of {batch} samples did not converge. The worst, sample {worst.sample}, {worst.status.meaning}: "
+            f"residual {worst.residual:.3g} after {worst.steps} steps. "
+            f"To change: {worst.status.advice}."
+        )
+
+    def _worst(self) -> _Worst:
         values = [plain(t).detach() for t in (self.stats.status, self.stats.residual, self.stats.steps, self.converged)]
         status, residual, steps, converged = (t.flatten() for t in torch.broadcast_tensors(*values))
         failed = (~converged).nonzero().flatten()
         if len(failed) == 0:
-            return f"all {len(status)} samples converged"
+            return _Worst(len(status), 0, -1, Status.CONVERGED, 0.0, 0)
         # A NaN residual is worse than any number.
         ranked = residual[failed].double().nan_to_num(nan=float("inf"))
         worst = int(failed[ranked.argmax()])
         kind = Status(int(status[worst]))
-        return (
-            f"{len(failed)} of {len(status)} samples did not converge. The worst, sample {worst}, {kind.meaning}: "
-            f"residual {float(residual[worst]):.3g} after {int(steps[worst])} steps. "
-            f"To change: {kind.advice}."
-        )
+        return _Worst(len(status), len(failed), worst, kind, float(residual[worst]), int(steps[worst]))
 
     def check(self, throw: bool | str, context: str) -> None:
         """Raise or warn where samples failed.
@@ -195,13 +203,44 @@ class Solution(Generic[T]):
             SolverError: `throw` is True and some sample failed.
             ValueError: `throw` is neither a bool nor "warn".
         """
-        if throw not in (True, False, "warn"):
-            raise ValueError(f"throw must be True, False or 'warn'; got {throw!r}.")
+        check_throw(throw)
         if throw is False or all_true(self.converged):
             return
         message = f"{context}: {self.report()}"
         if throw is True:
             raise SolverError(message, self)
-        failed = plain(self.stats.status)[~plain(self.converged)]
-        kind = Status(int(torch.mode(failed).values))
-        warnings.warn(message, CATEGORY[kind], stacklevel=3)
+        warn_caller(message, CATEGORY[self._worst().status])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Worst:
+    """How many samples of a batch failed, and the one that failed worst."""
+
+    batch: int
+    failed: int
+    sample: int
+    status: Status
+    residual: float
+    steps: int
+
+
+def check_throw(throw: object) -> None:
+    """Raise ValueError unless `throw` is True, False or "warn"."""
+    if not (isinstance(throw, bool) or throw == "warn"):
+        raise ValueError(f"throw must be True, False or 'warn'; got {throw!r}.")
+
+
+# Besides those that a call passes through on its way here, the type checkers that may be wrapped around it.
+_PASSED = (__name__.partition(".")[0], "torch", "jaxtyping", "beartype", "contextlib", "functools")
+
+
+def warn_caller(message: str, category: type[Warning]) -> None:
+    """Warn at the line of the user that led here."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED:
+        frame = frame.f_back
+    space = frame.f_globals
+    warnings.warn_explicit(
+        message, category, frame.f_code.co_filename, frame.f_lineno, space.get("__name__", "<unknown>"),
+        space.setdefault("__warningregistry__", {}),
+    )  # fmt: skip

@@ -77,7 +77,10 @@ class StateSpec:
         if structure != self.structure:
             tensors, structure = pytree.tree_flatten(_in_order(state, self.structure))
         if structure != self.structure:
-            raise StateError(f"{name}: expected the structure of the initial value, {self.structure}, got {structure}.")
+            raise StateError(
+                f"{name}: expected the structure of the initial value, {_in_words(self.structure)}, got "
+                f"{_in_words(structure)}."
+            )
         batch: int | None = None
         for tensor, leaf in zip(tensors, self.leaves, strict=True):
             where = f"{name}{leaf.path}"
@@ -172,6 +175,18 @@ def _in_order(state: Any, structure: Any) -> Any:
         return found
 
     return ordered(state, pytree.tree_unflatten([None] * structure.num_leaves, structure))
+
+
+def _in_words(structure: Any) -> str:
+    """Such as `a tensor`, or `(tensor, {'a': tensor})`."""
+    if structure.is_leaf():
+        return "a tensor"
+    return repr(pytree.tree_unflatten([_Tensor()] * structure.num_leaves, structure))
+
+
+class _Tensor:
+    def __repr__(self) -> str:
+        return "tensor"
 
 
 def norms(matrix: Tensor) -> Tensor:

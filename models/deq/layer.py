@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 from ...solvers import Anderson, ImplicitAdjoint, Solution, StateError, Status, fixed_point
 from ...solvers.diagnose import correction_indices, intermediate_states
 from ...solvers.fixed_point import FixedPointSolver
-from ...solvers.fixed_point.api import AnyAdjoint
+from ...solvers.fixed_point.api import AnyAdjoint, check_options, default_solver
+from ...solvers.options import check_integer, check_real, spelled
 from ...solvers.transforms import any_true, not_compiled
 from .. import norms
 from ..dropout import MaskShape, active_dropouts, inside_solve, recording, replaying
@@ -41,7 +42,7 @@ class DEQ(nn.Module):
     Args:
         cell: f(z, x) -> z, an nn.Module or a function. z and x are tensors, or tuples, lists or dicts of them, with
             the batch in front; sample i of the result depends on sample i of z and x alone.
-        solver: a fixed-point solver of `restpoint.solvers`.
+        solver: a fixed-point solver of `restpoint.solvers`; None takes `Anderson()`, or what the adjoint needs.
         adjoint: how the rest point is differentiated.
         rtol: tolerance on |f(z) - z|, relative to |f(z)|, per sample.
         atol: absolute tolerance, added to it.
@@ -57,7 +58,7 @@ class DEQ(nn.Module):
         throw: what to do when samples do not converge: True raises, "warn" warns, False leaves it to the statistics.
 
     Raises:
-        TypeError: the cell cannot be called.
+        TypeError: the cell cannot be called, or `solver` or `adjoint` is not one.
         ValueError: an option out of range, or a cell with torch's dropout or batch normalisation, which are not one
             map per sample.
 
@@ -70,6 +71,7 @@ class DEQ(nn.Module):
         torch.Size([4, 3])
     """
 
+    @spelled
     def __init__(
         self,
         cell: Callable[[State, Any], State],
@@ -88,22 +90,20 @@ class DEQ(nn.Module):
         super().__init__()
         if not callable(cell):
             raise TypeError(f"DEQ: cell must be an nn.Module or a function f(z, x); got {type(cell).__name__}.")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"DEQ: dropout must lie in [0, 1); got {dropout}.")
-        if supervise < 0:
-            raise ValueError(f"DEQ: supervise must be at least 0; got {supervise}.")
+        check_real("DEQ: ", "dropout", dropout, lambda p: 0 <= p < 1, "in [0, 1)")
         if norm is not None and not isinstance(cell, nn.Module):
             raise ValueError(f"DEQ: norm={norm!r} needs a cell that is an nn.Module; got {type(cell).__name__}.")
         if isinstance(cell, nn.Module):
             _refuse_unsteady(cell)
         self.cell = cell
-        self.solver = Anderson() if solver is None else solver
         self.adjoint = ImplicitAdjoint() if adjoint is None else adjoint
-        self.rtol, self.atol, self.max_steps = rtol, atol, max_steps
+        self.solver = default_solver(self.adjoint, Anderson()) if solver is None else solver
+        budget = check_options(self.solver, self.adjoint, rtol, atol, max_steps, throw)
+        self.rtol, self.atol, self.max_steps = budget.rtol, budget.atol, budget.max_steps
         self.state = state
         self.norm = norm
         self.dropout = dropout
-        self.supervise = supervise
+        self.supervise = check_integer("DEQ: ", "supervise", supervise, least=0)
         self.throw = throw
         self._normalised = norms.normalise(cell, norm) if norm is not None and isinstance(cell, nn.Module) else []
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..fixed_point.driver import Carry
 from ..fixed_point.problem import Problem
-from ..options import options
+from ..options import check_integer, check_real, options
 from ..solution import Stats
 from .base import RestPointAdjoint
 
@@ -36,10 +36,8 @@ class PhantomAdjoint(RestPointAdjoint):
     damping: float = 0.9
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"PhantomAdjoint: steps must be at least 1; got {self.steps}.")
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"PhantomAdjoint: damping must be in (0, 1]; got {self.damping}.")
+        check_integer("PhantomAdjoint: ", "steps", self.steps)
+        check_real("PhantomAdjoint: ", "damping", self.damping, lambda d: 0 < d <= 1, "in (0, 1]")
 
     def attach(self, problem: Problem, z: Tensor, carry: Carry, report: Callable[[Stats], None]) -> Tensor:
         """The end of the recorded steps: the rest point, and a little closer to it."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..options import options
+import numbers
+
+from ..options import check_integer, options
 
 
 @options
@@ -27,8 +29,8 @@ class CheckpointAdjoint:
     recursive: bool = False
 
     def __post_init__(self) -> None:
-        if self.segments is not None and self.segments < 1:
-            raise ValueError(f"CheckpointAdjoint: segments must be at least 1; got {self.segments}.")
+        if self.segments is not None:
+            check_integer("CheckpointAdjoint: ", "segments", self.segments)
 
 
 @options
@@ -56,5 +58,5 @@ class ReversibleAdjoint:
     drift: float | None = None
 
     def __post_init__(self) -> None:
-        if self.drift is not None and self.drift <= 0:
-            raise ValueError(f"ReversibleAdjoint: drift must be positive; got {self.drift}.")
+        if self.drift is not None and not (isinstance(self.drift, numbers.Real) and self.drift > 0):
+            raise ValueError(f"ReversibleAdjoint: drift must be positive; got {self.drift!r}.")

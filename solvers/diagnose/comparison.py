@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..adjoint import (
+    Adjoint,
     CheckpointAdjoint,
     ImplicitAdjoint,
     JacobianFreeAdjoint,
@@ -148,13 +149,20 @@ def compare_adjoints(
 
     Raises:
         SolverError: the reference does not converge.
-        TypeError: `f` cannot be evaluated in float64; the message says what to do.
+        TypeError: `f` cannot be evaluated in float64, the message says what to do; or `adjoints` are none.
         ValueError: nothing requires grad, or repeats is below 1.
     """
     if repeats < 1:
         raise ValueError(f"compare_adjoints: repeats must be at least 1; got {repeats}.")
     problem, matrix = problem_of(f, z0, args, root=False)
+    if adjoints is not None and not isinstance(adjoints, Mapping):
+        raise TypeError(
+            "compare_adjoints: adjoints must be a dictionary, of a name for each; got "
+            f"{type(adjoints).__name__}. For example adjoints={{'implicit': ImplicitAdjoint()}}."
+        )
     chosen = _default(matrix.shape[1]) if adjoints is None else dict(adjoints)
+    for name, adjoint in chosen.items():
+        require(adjoint, (Adjoint, CheckpointAdjoint, ReversibleAdjoint), f"adjoints[{name!r}]")
     solver = Anderson() if solver is None else solver
     require(solver, FixedPointSolver, "solver")
     if loss is None:

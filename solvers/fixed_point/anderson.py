@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..options import options
+from ..options import check_integer, check_real, options
 from ..transforms import all_true, any_true
 from .method import Evaluated, FixedPointSolver, Proposal
 from .problem import Problem
@@ -88,16 +89,14 @@ class Anderson(FixedPointSolver):
     restart: float = 10.0
 
     def __post_init__(self) -> None:
-        if self.memory < 1:
-            raise ValueError(f"Anderson: memory must be at least 1; got {self.memory}.")
+        check_integer("Anderson: ", "memory", self.memory)
         if self.kind not in ("I", "II"):
             raise ValueError(f"Anderson: kind must be 'I' or 'II'; got {self.kind!r}.")
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"Anderson: damping must be in (0, 1]; got {self.damping}.")
-        if self.regularization < 0:
-            raise ValueError(f"Anderson: regularization must not be negative; got {self.regularization}.")
-        if self.restart <= 1:
-            raise ValueError(f"Anderson: restart must be above 1; got {self.restart}.")
+        check_real("Anderson: ", "damping", self.damping, lambda d: 0 < d <= 1, "in (0, 1]")
+        check_real("Anderson: ", "regularization", self.regularization, lambda r: r >= 0, "finite and not negative")
+        # An infinite one never restarts.
+        if not (isinstance(self.restart, numbers.Real) and self.restart > 1):
+            raise ValueError(f"Anderson: restart must be above 1; got {self.restart!r}.")
 
     def init(self, z: Tensor) -> History:
         """An empty history."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +14,12 @@ from ..adjoint.implicit import ImplicitAdjoint
 from ..adjoint.reversible import ReversibleSteps
 from ..adjoint.shared import CheckpointAdjoint, ReversibleAdjoint
 from ..adjoint.taped import CheckpointedSteps
-from ..options import require
-from ..solution import Solution, Stats
+from ..options import check_integer, check_real, require, spelled
+from ..solution import Solution, Stats, check_throw
 from ..transforms import autocast_to, autocast_type, not_compiled
 from ..tree import StateError, flatten
 from .anderson import Anderson
+from .broyden import Broyden
 from .driver import Budget, stats_of
 from .method import FixedPointSolver
 from .newton import Newton
@@ -29,6 +29,7 @@ AnyAdjoint = Adjoint | CheckpointAdjoint | ReversibleAdjoint
 
 
 @not_compiled
+@spelled
 def fixed_point(
     f: Callable[..., Any],
     z0: Any,
@@ -76,12 +77,12 @@ def fixed_point(
         SolverError: see `throw`.
     """
     adjoint = ImplicitAdjoint() if adjoint is None else adjoint
-    if solver is None:
-        solver = ReversibleSteps.default_solver() if isinstance(adjoint, ReversibleAdjoint) else Anderson()
+    solver = default_solver(adjoint, Anderson()) if solver is None else solver
     return _solve(f, z0, args, solver, adjoint, rtol, atol, max_steps, throw, trajectory, root=False)
 
 
 @not_compiled
+@spelled
 def root(
     residual: Callable[..., Any],
     x0: Any,
@@ -103,8 +104,8 @@ def root(
         residual: F; takes the state and `args`, returns as many numbers, of the same structure and shapes.
         x0: initial value, or an earlier `Solution`.
         args: passed on to `residual`.
-        solver: None takes `Newton()`. `Broyden()` and `Anderson()` iterate on x - F(x), and so want F to be scaled
-            such that this is nearly a contraction.
+        solver: None takes `Newton()`, or what the adjoint needs. `Broyden()` and `Anderson()` iterate on x - F(x), and
+            so want F to be scaled such that this is nearly a contraction.
         adjoint: None takes `ImplicitAdjoint()`.
         rtol: a sample has converged where |F(x)| <= atol + rtol max(|x|, |F(x0)|).
         atol: see rtol.
@@ -118,10 +119,36 @@ def root(
     Raises:
         StateError, TypeError, ValueError, SolverError: as `fixed_point` does.
     """
-    return _solve(
-        residual, x0, args, Newton() if solver is None else solver, ImplicitAdjoint() if adjoint is None else adjoint,
-        rtol, atol, max_steps, throw, trajectory, root=True,
-    )  # fmt: skip
+    adjoint = ImplicitAdjoint() if adjoint is None else adjoint
+    solver = default_solver(adjoint, Newton()) if solver is None else solver
+    return _solve(residual, x0, args, solver, adjoint, rtol, atol, max_steps, throw, trajectory, root=True)
+
+
+def default_solver(adjoint: AnyAdjoint, otherwise: FixedPointSolver) -> FixedPointSolver:
+    """The method that `adjoint` needs, or `otherwise` where it takes any."""
+    if isinstance(adjoint, ReversibleAdjoint):
+        return ReversibleSteps.default_solver()
+    if isinstance(adjoint, ImplicitAdjoint) and adjoint.reuse is not None:
+        return Broyden()
+    return otherwise
+
+
+def check_options(
+    solver: FixedPointSolver, adjoint: AnyAdjoint, rtol: float, atol: float, max_steps: int, throw: bool | str
+) -> Budget:
+    """The budget of these options of a solve.
+
+    Raises:
+        TypeError, ValueError: one of them is not what it must be.
+    """
+    require(solver, FixedPointSolver, "solver")
+    require(adjoint, (Adjoint, CheckpointAdjoint, ReversibleAdjoint), "adjoint")
+    check_throw(throw)
+    rtol, atol = (
+        check_real("", name, tolerance, lambda t: t >= 0, "a finite number that is not negative")
+        for name, tolerance in (("rtol", rtol), ("atol", atol))
+    )
+    return Budget(rtol, atol, check_integer("", "max_steps", max_steps))
 
 
 def _solve(
@@ -133,13 +160,16 @@ def _solve(
         with torch.inference_mode(False), torch.no_grad():
             z0, args = _ordinary(z0), _ordinary(args)
             return _solve(function, z0, args, solver, adjoint, rtol, atol, max_steps, throw, trajectory, root)
-    require(solver, FixedPointSolver, "solver")
-    budget = _budget(rtol, atol, max_steps)
+    if not callable(function):
+        name = "residual" if root else "f"
+        raise TypeError(f"{name} must be a function of the state and args; got {function!r}.")
+    budget = check_options(solver, adjoint, rtol, atol, max_steps, throw)
     if not isinstance(args, (tuple, list)):
         raise TypeError(f"args must be a tuple of what follows the state; got {type(args).__name__}.")
     warm = z0 if isinstance(z0, Solution) else None
     matrix, spec = flatten(_detached(z0) if warm is not None else z0, "x0" if root else "z0")
-    if matrix.is_inference():
+    if spec.single:
+        # It shares its memory with what the user gave, which a function that writes into its argument would lose.
         matrix = matrix.clone()
     if spec.size == 0:
         raise StateError(f"{'x0' if root else 'z0'}: a sample of the initial value holds no numbers.")
@@ -175,17 +205,7 @@ def _adjoint(adjoint: AnyAdjoint) -> Adjoint:
         return CheckpointedSteps(adjoint)
     if isinstance(adjoint, ReversibleAdjoint):
         return ReversibleSteps(adjoint)
-    require(adjoint, Adjoint, "adjoint")
     return adjoint
-
-
-def _budget(rtol: float, atol: float, max_steps: int) -> Budget:
-    for name, tolerance in (("rtol", rtol), ("atol", atol)):
-        if not (isinstance(tolerance, (int, float)) and math.isfinite(tolerance) and tolerance >= 0):
-            raise ValueError(f"{name} must be a finite number that is not negative; got {tolerance!r}.")
-    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
-        raise ValueError(f"max_steps must be an integer of at least 1; got {max_steps!r}.")
-    return Budget(float(rtol), float(atol), max_steps)
 
 
 def _detached(solution: Solution[Any]) -> Any:

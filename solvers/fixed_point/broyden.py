@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 
 import torch
 from torch import Tensor
 
-from ..options import options
+from ..options import check_integer, options
 from ..transforms import any_true
 from .method import Evaluated, FixedPointSolver, Proposal
 from .problem import Problem
@@ -145,10 +146,10 @@ class Broyden(FixedPointSolver):
     growth: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.memory < 1:
-            raise ValueError(f"Broyden: memory must be at least 1; got {self.memory}.")
-        if self.growth < 1:
-            raise ValueError(f"Broyden: growth must be at least 1; got {self.growth}.")
+        check_integer("Broyden: ", "memory", self.memory)
+        # An infinite one refuses no step.
+        if not (isinstance(self.growth, numbers.Real) and self.growth >= 1):
+            raise ValueError(f"Broyden: growth must be at least 1; got {self.growth!r}.")
 
     def init(self, z: Tensor) -> BroydenMemory:
         """H = -I: the first step is a Picard step."""

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..options import options
+from ..options import check_real, options
 from .method import Evaluated, FixedPointSolver, Proposal
 from .problem import Problem
 
@@ -39,8 +39,7 @@ class Picard(FixedPointSolver):
     damping: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping <= 2:
-            raise ValueError(f"Picard: damping must be in (0, 2]; got {self.damping}.")
+        check_real("Picard: ", "damping", self.damping, lambda d: 0 < d <= 2, "in (0, 2]")
 
     def init(self, z: Tensor) -> NoMemory:
         """Nothing to remember."""

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import jaxtyping
 import pytest
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from restpoint.solvers import (
     ImplicitAdjoint,
     PhantomAdjoint,
     Picard,
+    ReversibleAdjoint,
     SolverError,
     StateError,
     UnrollAdjoint,
@@ -352,7 +354,9 @@ def restarted(layer, x):
     return fixed_point(layer.cell, torch.zeros_like(x), (x,), solver=layer.solver, trajectory=True, **EXACT).trajectory
 
 
-def test_options_that_make_no_sense_are_refused():
+def test_options_that_make_no_sense_are_refused(monkeypatch):
+    # Outside of tests no type checker sees them first.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(TypeError, match="cell"):
         DEQ(3)
     with pytest.raises(ValueError, match="norm must be"):
@@ -366,8 +370,25 @@ def test_options_that_make_no_sense_are_refused():
             DEQ(Cell(), dropout=dropout)
         with pytest.raises(ValueError, match="p must lie"):
             VariationalDropout(dropout)
-    with pytest.raises(ValueError, match="supervise"):
-        DEQ(Cell(), supervise=-1)
+    for supervise in (-1, 1.5):
+        with pytest.raises(ValueError, match="supervise must be an integer of at least 0"):
+            DEQ(Cell(), supervise=supervise)
+    with pytest.raises(TypeError, match=r"solver must be one of .*Anderson\(\).*Did you mean 'Anderson'"):
+        DEQ(Cell(), solver="anderson")
+    with pytest.raises(TypeError, match=r"adjoint=CheckpointAdjoint\(\)"):
+        DEQ(Cell(), adjoint=CheckpointAdjoint)
+    for bad in ({"rtol": -1}, {"atol": "0"}, {"max_steps": 0}, {"throw": "foo"}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
+            DEQ(Cell(), **bad)
+    with pytest.raises(TypeError, match="DEQ has no argument 'max_step'. Did you mean 'max_steps'"):
+        DEQ(Cell(), max_step=3)
+
+
+@pytest.mark.parametrize("adjoint", [ReversibleAdjoint(), ImplicitAdjoint(reuse="start")], ids=["reversible", "reuse"])
+def test_no_solver_is_what_the_adjoint_needs(adjoint):
+    layer, x = DEQ(Cell(), adjoint=adjoint).double(), inputs()
+    layer(x).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in layer.parameters())
 
 
 def test_throw_reaches_the_solver():

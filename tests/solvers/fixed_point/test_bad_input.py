@@ -1,6 +1,10 @@
 """Bad input: every message says what is wrong and where."""
 
+import math
+import warnings
+
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +13,9 @@ from restpoint.solvers import (
     Broyden,
     CheckpointAdjoint,
     ImplicitAdjoint,
+    MaxStepsWarning,
     Newton,
+    NonFiniteWarning,
     PhantomAdjoint,
     Picard,
     ReversibleAdjoint,
@@ -18,6 +24,7 @@ from restpoint.solvers import (
     fixed_point,
     root,
 )
+from restpoint.solvers.diagnose import compare_adjoints
 
 Z = torch.zeros(3, 2)
 
@@ -70,7 +77,7 @@ class TestFunction:
             (lambda z: z[:2], r"f\(z\): expected a batch of 3 as in the initial value, got 2"),
             (lambda z: z.double(), r"f\(z\): expected dtype torch.float32 as in the initial value, got torch.float64"),
             (lambda z: z.to("meta"), r"f\(z\): expected device cpu, got meta"),
-            (lambda z: (z, z), r"f\(z\): expected the structure of the initial value"),
+            (lambda z: (z, z), r"structure of the initial value, a tensor, got \(tensor, tensor\)"),
             (lambda z: None, r"f\(z\): expected a tensor, got NoneType"),
             (lambda z: 1.0, r"f\(z\): expected a tensor, got float"),
             (lambda z: z.mul_(0.5), r"f\(z\): the function changed the state that it was given, in place"),
@@ -78,8 +85,10 @@ class TestFunction:
     )
     @pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden(), Newton()], ids=lambda s: type(s).__name__)
     def test_that_changes_what_it_is_given(self, f, message, solver):
+        z0 = torch.ones_like(Z)
         with torch.no_grad(), pytest.raises(StateError, match=message):
-            fixed_point(f, Z.clone(), solver=solver)
+            fixed_point(f, z0, solver=solver)
+        assert (z0 == 1).all(), "the initial value was overwritten"
 
     def test_a_leaf_of_the_wrong_shape_is_named(self):
         with pytest.raises(StateError, match=r"f\(z\)\['b'\]: expected shape \(batch, 4\), got \(3, 5\)"):
@@ -121,6 +130,15 @@ class TestOptions:
         with pytest.raises(ValueError, match="throw must be True, False or 'warn'; got 'raise'"):
             fixed_point(lambda z: z, Z, throw="raise")
 
+    def test_a_warning_is_of_the_worst_sample_and_points_at_the_line_of_the_caller(self):
+        x = torch.tensor([[0.9, 1.0], [0.8, 1.0], [torch.nan, 1.0]])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fixed_point(lambda z, x: x[:, :1] * z + 1, Z, (x,), throw="warn", max_steps=2, rtol=1e-9)
+            fixed_point(lambda z, x: x[:, :1] * z + 1, Z[:2], (x[:2],), throw="warn", max_steps=2, rtol=1e-9)
+        assert [each.category for each in caught] == [NonFiniteWarning, MaxStepsWarning]
+        assert [each.filename for each in caught] == [__file__] * 2
+
     def test_args_that_are_no_tuple(self):
         with pytest.raises(TypeError, match="args must be a tuple of what follows the state; got Tensor"):
             fixed_point(lambda z, x: z, Z, Z)
@@ -133,11 +151,40 @@ class TestOptions:
         if isinstance(solver, str):
             assert "Did you mean 'Anderson'?" in str(error.value)
 
-    @pytest.mark.parametrize("adjoint", ["implicit", ImplicitAdjoint, 5])
+        else:
+            assert "TwoState" not in str(error.value)
+
+    @pytest.mark.parametrize("adjoint", ["implicit", ImplicitAdjoint, CheckpointAdjoint, ReversibleAdjoint, 5])
     def test_adjoint(self, adjoint):
         with pytest.raises(TypeError, match="adjoint must be") as error:
             fixed_point(lambda z: z, Z, adjoint=adjoint)
-        assert "ImplicitAdjoint()" in str(error.value)
+        if isinstance(adjoint, type):
+            assert f"write adjoint={adjoint.__name__}()" in str(error.value)
+        else:
+            for choice in ("ImplicitAdjoint()", "CheckpointAdjoint()", "ReversibleAdjoint()"):
+                assert choice in str(error.value)
+            assert "Steps" not in str(error.value)
+
+    def test_function(self):
+        with pytest.raises(TypeError, match="f must be a function of the state and args; got 3"):
+            fixed_point(3, Z)
+        with pytest.raises(TypeError, match="residual must be a function"):
+            root(None, Z)
+
+    def test_adjoints_to_compare(self):
+        with pytest.raises(TypeError, match="adjoints must be a dictionary.*got list"):
+            compare_adjoints(lambda z, x: 0.5 * z + x, Z, (Z,), adjoints=[ImplicitAdjoint()])
+        with pytest.raises(TypeError, match=r"adjoints\['a'\] must be one of .*CheckpointAdjoint\(\)"):
+            compare_adjoints(lambda z, x: 0.5 * z + x, Z, (Z,), adjoints={"a": "implicit"})
+
+    @pytest.mark.parametrize("number", [np.float32, np.float64])
+    @pytest.mark.parametrize("integer", [np.int64, np.int32])
+    def test_numbers_of_numpy_are_numbers(self, number, integer):
+        solution = fixed_point(
+            lambda z: 0.5 * z + 1, Z, solver=Anderson(memory=integer(3), damping=number(0.5)), rtol=number(0.0),
+            atol=number(0.0), max_steps=integer(5),
+        )  # fmt: skip
+        assert (solution.stats.steps == 5).all()
 
     def test_a_solver_that_an_adjoint_cannot_take(self):
         with pytest.raises(ValueError, match=r"ReversibleAdjoint brings its own iteration.*got Anderson"):
@@ -146,25 +193,46 @@ class TestOptions:
             fixed_point(lambda z: z, Z, solver=Picard(), adjoint=ReversibleAdjoint())
         w = torch.ones(2, requires_grad=True)
         with pytest.raises(ValueError, match=r"reuse='start'.*Broyden\(\)"):
-            fixed_point(lambda z: 0.5 * z + w, Z, adjoint=ImplicitAdjoint(reuse="start"))
+            fixed_point(lambda z: 0.5 * z + w, Z, solver=Anderson(), adjoint=ImplicitAdjoint(reuse="start"))
+
+    @pytest.mark.parametrize("problem", [fixed_point, root])
+    @pytest.mark.parametrize(
+        "adjoint", [ReversibleAdjoint(), ImplicitAdjoint(reuse="start")], ids=["reversible", "reuse"]
+    )
+    def test_no_solver_is_what_the_adjoint_needs(self, problem, adjoint):
+        w = torch.ones(2, requires_grad=True)
+        value = problem(lambda z: 0.5 * z + (-w if problem is root else w), Z, adjoint=adjoint).value
+        value.sum().backward()
+        assert w.grad.abs().sum() > 0
 
     @pytest.mark.parametrize(
         ("make", "message"),
         [
             (lambda: Picard(damping=0.0), r"Picard: damping must be in \(0, 2\]; got 0.0"),
             (lambda: Picard(damping=2.5), "Picard: damping"),
-            (lambda: Anderson(memory=0), "Anderson: memory must be at least 1; got 0"),
+            (lambda: Anderson(memory=0), "Anderson: memory must be an integer of at least 1; got 0"),
+            (lambda: Anderson(memory=2.5), "Anderson: memory must be an integer.*got 2.5"),
+            (lambda: Anderson(memory="5"), "Anderson: memory must be an integer.*got '5'"),
+            (lambda: Anderson(regularization=math.nan), "Anderson: regularization must be finite"),
+            (lambda: Broyden(memory=2.5), "Broyden: memory must be an integer.*got 2.5"),
+            (lambda: Broyden(growth=math.nan), "Broyden: growth must be at least 1; got nan"),
+            (lambda: PhantomAdjoint(steps=2.5), "PhantomAdjoint: steps must be an integer.*got 2.5"),
+            (lambda: CheckpointAdjoint(segments=1.5), "CheckpointAdjoint: segments must be an integer.*got 1.5"),
+            (lambda: Picard(damping="1"), "Picard: damping must be.*got '1'"),
             (lambda: Anderson(kind="III"), "Anderson: kind must be 'I' or 'II'; got 'III'"),
             (lambda: Anderson(damping=0.0), "Anderson: damping"),
-            (lambda: Anderson(regularization=-1.0), "Anderson: regularization must not be negative"),
+            (lambda: Anderson(regularization=-1.0), "Anderson: regularization must be finite and not negative"),
             (lambda: Anderson(restart=1.0), "Anderson: restart must be above 1"),
-            (lambda: Broyden(memory=0), "Broyden: memory must be at least 1; got 0"),
+            (lambda: Broyden(memory=0), "Broyden: memory must be an integer of at least 1; got 0"),
             (lambda: Broyden(growth=0.5), "Broyden: growth must be at least 1"),
             (lambda: ImplicitAdjoint(order=3), "ImplicitAdjoint: order must be 1 or 2; got 3"),
             (lambda: ImplicitAdjoint(reuse="all"), "ImplicitAdjoint: reuse must be .*; got 'all'"),
-            (lambda: PhantomAdjoint(steps=0), "PhantomAdjoint: steps must be at least 1; got 0"),
+            (lambda: PhantomAdjoint(steps=0), "PhantomAdjoint: steps must be an integer of at least 1; got 0"),
             (lambda: PhantomAdjoint(damping=1.5), "PhantomAdjoint: damping"),
-            (lambda: CheckpointAdjoint(segments=0), "CheckpointAdjoint: segments must be at least 1; got 0"),
+            (
+                lambda: CheckpointAdjoint(segments=0),
+                "CheckpointAdjoint: segments must be an integer of at least 1; got 0",
+            ),
             (lambda: ReversibleAdjoint(drift=0.0), "ReversibleAdjoint: drift must be positive; got 0.0"),
         ],
     )
@@ -190,7 +258,7 @@ class TestOptions:
             make()
 
     def test_an_unknown_option_of_the_call_is_refused(self):
-        with pytest.raises(TypeError, match="f_sovler"):
+        with pytest.raises(TypeError, match=r"fixed_point has no argument 'f_sovler'. Did you mean 'solver'"):
             fixed_point(lambda z: z, Z, f_sovler=Anderson())
 
     def test_solvers_cannot_be_changed(self):
