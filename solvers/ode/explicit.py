@@ -76,6 +76,22 @@ class ExplicitRungeKutta(Method):
         error = None if tableau.error is None else weighted(stages, tableau.error, h)
         return Step(solution, error, (stages[-1],) if tableau.fsal else (), None, stages=stages)
 
+    def strain(self, h: Time, step: Step) -> Tensor | None:
+        """h |k_j - k_i| / |Y_j - Y_i| over the method's reach, for two stages i, j at the same time.
+
+        Source: Hairer, Wanner 1996, section IV.2, equation 2.28.
+        """
+        if self.tableau.twins is None:
+            return None
+        first, second = self.tableau.twins
+        if isinstance(step.stages, Workspace):
+            change, apart = step.stages.twins(first, second)
+        else:
+            change = (step.stages[second] - step.stages[first]) * column(h, step.y)
+            apart = weighted(step.stages, self.tableau.apart, h)
+        sizes = [torch.linalg.vector_norm(x, dim=-1) for x in (change, apart)]
+        return (sizes[0] / (sizes[1] * self.tableau.reach)).nan_to_num(nan=0.0, posinf=0.0)
+
     def dense(self, rhs: Rhs, t: Time, y: Tensor, h: Time, step: Step) -> Tensor:
         """By the tableau's interpolant; its extra stages are evaluated here."""
         tableau = self.tableau
@@ -122,6 +138,7 @@ class Workspace:
         self._weights = [y.new_tensor(row[:i]) for i, row in enumerate(tableau.rows)]
         self._error = None if tableau.error is None else y.new_tensor(tableau.error)
         self._interpolant = y.new_tensor(tableau.interpolant)
+        self._apart = None if tableau.twins is None else y.new_tensor(tableau.apart)
 
     def start(self, t: Time, y: Tensor, h: Time) -> None:
         """Begin a step of length h from `y` at t."""
@@ -153,6 +170,13 @@ class Workspace:
             return None
         prefix = self._prefixes[len(self._error)]
         return torch.addmv(self._y, prefix, self._error, beta=0, alpha=self._h).view_as(self._like)
+
+    def twins(self, first: int, second: int) -> tuple[Tensor, Tensor]:
+        """The differences h (k_j - k_i) and Y_j - Y_i of two stages, each (batch, n)."""
+        assert self._apart is not None
+        change = (self._rows[second] - self._rows[first]).mul_(self._h)
+        apart = torch.addmv(self._y, self._prefixes[second], self._apart, beta=0, alpha=self._h)
+        return change, apart.view_as(self._like)
 
     def polynomial(self) -> Tensor:
         """Coefficients (degree + 1, batch, n) of the dense output."""

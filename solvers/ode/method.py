@@ -173,6 +173,12 @@ class Method(abc.ABC):
     def step(self, rhs: Rhs, t: Time, y: Tensor, h: Time, carry: Carry, memory: Any = None) -> Step:
         """From y at t to t + h."""
 
+    def strain(self, h: Time, step: Step) -> Tensor | None:
+        """How long a step is, for every sample (batch,), in units of the longest one with which perturbations along
+        the stiffest direction do not grow; None where that is not known, or no matter.
+        """
+        return None
+
     def dense(self, rhs: Rhs, t: Time, y: Tensor, h: Time, step: Step) -> Tensor:
         """The step's dense output: coefficients (p + 1, batch, n) of y(theta) = sum_p theta^p coefficient_p, theta in
         [0, 1]. It is called after the step was accepted and before the next one; it may set `step.carry` to what it

@@ -43,13 +43,25 @@ class Tolerance:
 
     def batch_ratio(self, error: Tensor, scale: Tensor, alive: Tensor | None = None) -> float:
         """Root mean square over all samples that are `alive`; under vmap the worst example's. One synchronisation."""
+        norm, count = self._norm(error, scale, alive)
+        return float(norm.max() if norm.ndim else norm) / math.sqrt(count)
+
+    def batch_ratio_beside(
+        self, error: Tensor, scale: Tensor, alive: Tensor | None, beside: Tensor
+    ) -> tuple[float, float]:
+        """The same, and the largest of `beside` (batch,) over these samples, in one synchronisation."""
+        norm, count = self._norm(error, scale, alive)
+        beside = beside if alive is None else torch.where(alive, beside, 0.0)
+        total, largest = torch.stack((norm.max(), plain(beside).max().to(norm.dtype))).tolist()
+        return total / math.sqrt(count), largest
+
+    def _norm(self, error: Tensor, scale: Tensor, alive: Tensor | None) -> tuple[Tensor, int]:
         scaled = self.scaled(error, scale)
         count = scaled.numel()
         if alive is not None:
             scaled = torch.where(alive.unsqueeze(-1), scaled, 0.0)
-            count = max(int(alive.sum()), 1) * scaled.shape[-1]
-        norm = plain(torch.linalg.vector_norm(scaled))
-        return float(norm.max() if norm.ndim else norm) / math.sqrt(max(count, 1))
+            count = int(alive.sum()) * scaled.shape[-1]
+        return plain(torch.linalg.vector_norm(scaled)), max(count, 1)
 
     def sample_ratio(self, error: Tensor, scale: Tensor) -> Tensor:
         """Root mean square of each sample (batch,), float64."""

@@ -18,7 +18,7 @@ from .lined_up import LinedUp, Tried
 from .mesh import END, FORCED, FREE, Mesh, take
 from .method import Carry, Step, renewed
 from .problem import Keeper, Problem, Run
-from .shared_steps import GIVE_WAY, RETREAT, STRETCH, UNDERFLOW
+from .shared_steps import GIVE_WAY, RETREAT, STABLE, STRETCH, UNDERFLOW
 
 # So many iterations are looked through together for output times that lie inside their steps.
 _CHUNK = 16
@@ -117,6 +117,9 @@ class SampleSteps:
                 factor, wished = control.factor(ratio, history, order)
                 history = _updated(history, wished, accepted)
                 factor = torch.where(steady & accepted, factor, torch.clamp(torch.as_tensor(factor), max=1.0))
+                strain = method.strain(step_h, step)
+                if strain is not None:
+                    factor = torch.minimum(factor, STABLE / strain)
                 factor = torch.where(ratio < math.inf, factor, RETREAT)
                 if step.failed is not None:
                     factor = torch.where(step.failed, GIVE_WAY, factor)

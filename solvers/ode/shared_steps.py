@@ -22,6 +22,9 @@ STRETCH = 1e-3
 RETREAT = 0.1
 # A step shorter than so many times the resolution of time is none.
 UNDERFLOW = 16 * 2.0**-52
+# No step is longer than this fraction of the longest stable one: with longer ones it is step control alone that keeps
+# errors from growing, and the derivative of the steps that were taken, which knows nothing of it, grows without bound.
+STABLE = 0.98
 # Of a step whose stage equations could not be solved.
 GIVE_WAY = 0.5
 
@@ -110,7 +113,7 @@ class SharedSteps:
             factor = 1.0
             if adaptive:
                 assert step.error is not None
-                ratio = tolerance.batch_ratio(step.error, torch.maximum(scale, new_scale), self.alive)
+                ratio, strain = self._judge(step_h, step, torch.maximum(scale, new_scale))
                 if step.failed is not None and any_true(step.failed):
                     ratio = math.inf
                 if not ratio <= 1.0 and (abs(step_h) > control.min_step or not math.isfinite(ratio)):
@@ -154,7 +157,8 @@ class SharedSteps:
             if adaptive:
                 grown = step_h * (factor if steady else min(factor, 1.0))
                 # A step that was cut short to land does not shorten the next one.
-                wish = h = self._clip(max(abs(h), abs(grown)) if lands else grown)
+                wish = max(abs(h), abs(grown)) if lands else abs(grown)
+                wish = h = self._clip(min(wish, abs(step_h) * STABLE / strain) if strain > 0 else wish)
             steady = True
             if lands:
                 moves = False
@@ -172,6 +176,14 @@ class SharedSteps:
         self._end(self._living(), Status.CONVERGED if done else Status.MAX_STEPS, t, h)
         keeper.close(*handed)
         return self._report(handed[0], h)
+
+    def _judge(self, h: float, step: Step, scale: Tensor) -> tuple[float, float]:
+        """The error in units of the tolerance, and the step's length in units of the longest stable one."""
+        assert step.error is not None
+        strain = self.method.strain(h, step)
+        if strain is None:
+            return self.tolerance.batch_ratio(step.error, scale, self.alive), 0.0
+        return self.tolerance.batch_ratio_beside(step.error, scale, self.alive, strain)
 
     def _first_step(self, t: float, y: Tensor, carry: Carry) -> float:
         given = self.control.first_step if self.problem.first_step is None else float(self.problem.first_step)

@@ -166,6 +166,34 @@ class Tableau:
         """Of the dense output, for every theta."""
         return _satisfied(self.interpolant_defects)
 
+    @functools.cached_property
+    def twins(self) -> tuple[int, int] | None:
+        """Two late stages at the same time, by whose difference one tells how fast the field changes with the state."""
+        for second in range(self.stages - 1, 1, -1):
+            for first in range(second - 1, 0, -1):
+                if self.c[first] == self.c[second]:
+                    return first, second
+        return None
+
+    @functools.cached_property
+    def apart(self) -> Row:
+        """The weights of the stages in the difference of the twins' arguments, over h."""
+        assert self.twins is not None
+        first, second = (self.rows[i] for i in self.twins)
+        return tuple(b - (first[i] if i < len(first) else 0.0) for i, b in enumerate(second[: self.twins[1]]))
+
+    @functools.cached_property
+    def reach(self) -> float:
+        """The longest step h, of an explicit method, for which y' = -y does not grow."""
+        powers, terms = (1.0,) * self.stages, [1.0]
+        for _ in range(self.stages):
+            terms.append(_dot(self.b, powers))
+            powers = tuple(_dot(row, powers) for row in self.a)
+        h = 0.0
+        while abs(sum(term * (-h) ** k for k, term in enumerate(terms))) <= 1 + _EXACT:
+            h += 1e-3
+        return h
+
     def _elementary(self, tree: Tree) -> Row:
         return _elementary_weights(self, tree)
 
