@@ -4,15 +4,21 @@ from .attention import CRF, SparseAttention, StructuredAttention, StructuredLate
 from .deq import DEQ
 from .dropout import VariationalDropout
 from .flow import ContinuousFlow
+from .monotone import MonotoneDEQ
 from .ode import NeuralODE
+from .optimization import ArgminLayer, OptNetSudoku, QPLayer
 from .tagging import BiLSTMCRF
 
 __all__ = [
     "CRF",
     "DEQ",
+    "ArgminLayer",
     "BiLSTMCRF",
     "ContinuousFlow",
+    "MonotoneDEQ",
     "NeuralODE",
+    "OptNetSudoku",
+    "QPLayer",
     "SparseAttention",
     "StructuredAttention",
     "StructuredLatent",
