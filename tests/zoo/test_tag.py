@@ -43,3 +43,11 @@ def test_bad_input(folder, capsys):
     card = save_pretrained(other, folder.removeprefix("local-dir:") + "-other")
     with pytest.raises(ZooError, match="does not tag sentences"):
         predict_sentences(other, card, ["Go!"])
+
+
+def test_the_shipped_tagger_reads():
+    model = create_model("bilstm_crf_small.ewt", pretrained=True).eval()
+    (found,) = predict_sentences(model, model.blueprint.card, ["Time flies like an arrow."])
+    assert found.words == ("Time", "flies", "like", "an", "arrow", ".")
+    assert found.tags == ("NOUN", "VERB", "ADP", "DET", "NOUN", "PUNCT")
+    assert all(0 < p <= 1 + 1e-6 for p in found.probabilities)
