@@ -122,6 +122,12 @@ def list_models(
     )
 
 
+def _card_in(folder: Path) -> Path:
+    """`card.json`, or where there is none the only card, as a training run leaves it under its model's name."""
+    others = sorted(folder.glob("*.json"))
+    return others[0] if len(others) == 1 else folder / LOCAL_CARD
+
+
 def resolve(name: str) -> Entry:
     """The architecture and, for `architecture.tag` and `local-dir:DIR`, the card that a name stands for.
 
@@ -133,7 +139,7 @@ def resolve(name: str) -> Entry:
         folder = Path(name.removeprefix(LOCAL)).expanduser()
         if not folder.is_dir():
             raise CardError(f"{name!r}: there is no folder {folder}.")
-        card = Card.load(folder / LOCAL_CARD)
+        card = Card.load(_card_in(folder))
         return Entry(_architecture(card.architecture), card, (folder,))
     stem, dot, tag = name.partition(".")
     architecture = _architecture(stem, full=name)
