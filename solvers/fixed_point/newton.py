@@ -52,6 +52,9 @@ class Newton(FixedPointSolver):
 
     Raises:
         TypeError: `linear_solver` is not a linear solver.
+        ValueError (from the solve): a large state, and a function without a second derivative, which applying its
+            Jacobian to a vector takes; or one whose Jacobian has to be assembled, since derivatives of the steps are
+            recorded.
 
     Source: Kelley 1995, Iterative methods for linear and nonlinear equations, chapters 5, 6 and 8.
     """
@@ -95,6 +98,8 @@ class Newton(FixedPointSolver):
         if torch.is_grad_enabled() or inside_transform() or recording_tangents():
             # A taped step must itself be differentiable, which a linear solver's loop is not.
             matrix = problem.jacobian(at.z)
+            # No half-precision factorisation exists.
+            matrix = matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
             step = torch.linalg.solve_ex(matrix, at.residual.to(matrix.dtype).unsqueeze(2))[0].squeeze(2)
             return step.to(at.z.dtype), matrix.shape[1]
         operator = problem.linearize(at.z)

@@ -156,8 +156,10 @@ def operator_of_recording(problem: Problem, point: Tensor, out: Tensor) -> Linea
     """A = -dr/dz from one recorded evaluation `out` of the problem's function at `point`.
 
     A transposed is a vector-Jacobian product of the recording; A is the derivative of that product with respect to
-    its vector. Both are computed in the recording's type and returned in that of the vector.
+    its vector. Both are computed in the recording's type and returned in that of the vector. Where the function has no
+    second derivative (fused attention, compiled code, a solve inside), A is assembled by products with its transpose.
     """
+    assembled: list[Tensor] = []
 
     def pull(v: Tensor) -> Tensor:
         if not out.requires_grad:
@@ -169,14 +171,39 @@ def operator_of_recording(problem: Problem, point: Tensor, out: Tensor) -> Linea
     def push(v: Tensor) -> Tensor:
         if not out.requires_grad:
             return torch.zeros_like(v)
+        if not assembled:
+            try:
+                return twice(v)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                assembled.append(assemble(error))
+        return torch.bmm(v.to(out.dtype).unsqueeze(1), assembled[0].mT).squeeze(1).to(v.dtype)
+
+    def twice(v: Tensor) -> Tensor:
         with torch.enable_grad():
             dummy = torch.zeros_like(out, requires_grad=True)
             (product,) = torch.autograd.grad(out, point, dummy, create_graph=True, allow_unused=True)
-        if product is None or not product.requires_grad:
+        if product is None:
             return torch.zeros_like(v)
-        with no_derivatives():
-            (tangent,) = torch.autograd.grad(product, dummy, v.to(product.dtype), allow_unused=True)
+        tangent = None
+        if product.requires_grad:
+            with no_derivatives():
+                (tangent,) = torch.autograd.grad(product, dummy, v.to(product.dtype), allow_unused=True)
+        if tangent is None and pull(torch.arange(1, v.shape[1] + 1).to(v).cos().expand_as(v)).any():
+            # As of a function whose backward pass is marked to be differentiated once.
+            raise RuntimeError("the product with its Jacobian does not depend on the vector.")
         return torch.zeros_like(v) if tangent is None else tangent.to(v.dtype)
+
+    def assemble(error: RuntimeError) -> Tensor:
+        if out.shape[1] > DENSE_LIMIT:
+            raise TooLargeError(
+                f"{problem.name}: its Jacobian has to be applied to a vector, which takes a second derivative that the "
+                f"function does not have, or the Jacobian itself, which is assembled for at most {DENSE_LIMIT} numbers "
+                f"a sample; this state has {out.shape[1]}. Take a solver other than Newton(), or a function that can "
+                f"be differentiated twice. Its own error was: {error}"
+            ) from error
+        return torch.stack([pull(e.expand_as(out)) for e in torch.eye(out.shape[1]).to(out)], dim=1)
 
     if problem.root:
         matvec, rmatvec = push, pull
