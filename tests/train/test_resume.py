@@ -55,9 +55,9 @@ class At(ImageClassification):
         return super().losses(model, batch, step)
 
 
-def killed(folder, kills, epochs, seed):
+def killed(folder, kills, epochs, every, seed):
     script = Path(__file__).parent / "runs.py"
-    command = [sys.executable, str(script), str(folder), *(str(n) for n in (kills, epochs, seed))]
+    command = [sys.executable, str(script), str(folder), *(str(n) for n in (kills, epochs, every, seed))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
@@ -67,13 +67,13 @@ def killed(folder, kills, epochs, seed):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_three_times_ends_with_the_weights_of_one_that_is_not(tmp_path):
-    whole, parts = killed(tmp_path, kills=3, epochs=1, seed=0)
+    whole, parts = killed(tmp_path, kills=3, epochs=1, every=3, seed=0)
     assert whole == parts
 
 
 @pytest.mark.exhaustive
 def test_a_run_that_is_killed_twenty_times_ends_with_the_weights_of_one_that_is_not(tmp_path):
-    whole, parts = killed(tmp_path, kills=20, epochs=4, seed=1)
+    whole, parts = killed(tmp_path, kills=20, epochs=4, every=1, seed=1)
     assert whole == parts
 
 
