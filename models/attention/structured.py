@@ -180,7 +180,9 @@ class StructuredAttention(nn.MultiheadAttention):
     def _normalized(self, weights: Tensor) -> Tensor:
         if not self.normalize:
             return weights
-        return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+        # A query that chooses next to nothing gets next to nothing, rather than a quotient of numbers that underflow.
+        least = torch.finfo(weights.dtype).tiny ** 0.5
+        return weights / weights.sum(-1, keepdim=True).clamp(min=least)
 
     def _some_key(self, scores: Tensor, padding: Tensor | None) -> None:
         excluded = torch.isneginf(scores.detach())

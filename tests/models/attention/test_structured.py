@@ -176,6 +176,18 @@ def test_derivatives(structure):
 
 
 @every
+@pytest.mark.parametrize("dtype", [torch.float32, D])
+@pytest.mark.parametrize("scale", [30.0, 1000.0])
+def test_large_scores(structure, dtype, scale):
+    attention, x = layer(structure).to(dtype), (scale * data(seed=3)).to(dtype).requires_grad_()
+    output, weights = attention(x, x, x, torch.arange(5) >= torch.tensor([[5], [2]]))
+    assert ((weights >= 0) & (weights <= 1 + 1e-6)).all()
+    (slope,) = torch.autograd.grad(output.sum(), x)
+    assert output.isfinite().all()
+    assert slope.isfinite().all()
+
+
+@every
 def test_it_trains_in_a_transformer(structure):
     """Whether the first two tokens differ."""
     torch.manual_seed(0)
