@@ -2,7 +2,7 @@
 
 from ..models.registry import Architecture, ImageClassifier, register_model
 from .cards import Card, Data, ImageInput, Published, Weights
-from .errors import CardError, CheckpointError, UnknownModelError, ZooError
+from .errors import CardError, CardWarning, CheckpointError, UnknownModelError, ZooError
 from .factory import Blueprint, create_model, save_pretrained
 from .registry import list_models, load_card
 
@@ -11,6 +11,7 @@ __all__ = [
     "Blueprint",
     "Card",
     "CardError",
+    "CardWarning",
     "CheckpointError",
     "Data",
     "ImageClassifier",

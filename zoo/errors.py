@@ -15,3 +15,7 @@ class CardError(ZooError, ValueError):
 
 class CheckpointError(ZooError, RuntimeError):
     """Weights that are missing, truncated, corrupt, or of another architecture; the message says what to do."""
+
+
+class CardWarning(UserWarning):
+    """A file among the checkpoints that is passed over, since it is not a valid card."""

@@ -15,7 +15,7 @@ from .adapt import transfer
 from .cards import Card
 from .errors import CheckpointError
 from .files import write_atomically
-from .registry import LOCAL_CARD, LOCAL_WEIGHTS, Entry, architectures, resolve, with_card
+from .registry import LOCAL_CARD, LOCAL_WEIGHTS, Entry, architectures, card_beside, resolve, with_card
 from .weights import find_weights, load_state, pack_weights, read_weights
 
 ADAPTED = ("num_classes", "in_chans")
@@ -46,7 +46,8 @@ def create_model(
             `local-dir:DIR` for what `save_pretrained` wrote. A tag or a folder sets the architecture's arguments, with
             or without weights.
         pretrained: load the weights that the name stands for. Their sha256 is verified at every load.
-        checkpoint_path: load these weights, a .safetensors file, instead.
+        checkpoint_path: load these weights, a .safetensors file, instead. Where their card lies beside them, their
+            sha256 is verified.
         **overrides: arguments of the architecture. With weights, `num_classes` puts a freshly initialised classifier
             on the pretrained features, `in_chans` adapts the first convolutions (see `adapt_channels`), and solver,
             adjoint and tolerances are free; what changes other shapes is an error.
@@ -78,7 +79,8 @@ def create_model(
         model = entry.architecture(**arguments)
     else:
         path = Path(checkpoint_path).expanduser()
-        state = read_weights(path)
+        beside = card_beside(path)
+        state = read_weights(path, beside.weights if beside else None)
         trained = {**arguments, **_read_off(entry, state, overrides)}
         model = _load(entry.architecture, trained, overrides, state, f"The checkpoint {path}")
     return _attach(model, Blueprint(entry.architecture.name, arguments))

@@ -8,6 +8,7 @@ import functools
 import importlib
 import pkgutil
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from .. import models
 from ..models.registry import ARCHITECTURES, Architecture
 from ..solvers.options import suggest
 from .cards import Card
-from .errors import CardError, UnknownModelError
+from .errors import CardError, CardWarning, UnknownModelError
 from .files import checkpoint_folders
 
 LOCAL = "local-dir:"
@@ -53,17 +54,40 @@ def architectures() -> dict[str, Architecture]:
 def cards() -> dict[str, Card]:
     """Every card in the checkpoint folders by name; the package's own come before the user's.
 
-    Raises:
-        CardError: a card is not valid, or its file is not called as it is.
+    One that is not valid, or whose file is not called as it is, is passed over with a `CardWarning`.
     """
     found: dict[str, Card] = {}
     for folder in checkpoint_folders():
         for path in sorted(folder.glob("*.json")):
-            card = Card.load(path)
-            if card.name != path.stem:
-                raise CardError(f"The card {path} says that its name is {card.name!r}; call the file {card.name}.json.")
-            found.setdefault(card.name, card)
+            try:
+                card = _named(path)
+            except CardError as error:
+                warnings.warn(f"{error} It is passed over.", CardWarning, stacklevel=3)
+            else:
+                found.setdefault(card.name, card)
     return found
+
+
+def _named(path: Path) -> Card:
+    """The card in a file that has to be called as it is."""
+    card = Card.load(path)
+    if card.name != path.stem:
+        raise CardError(f"The card {path} says that its name is {card.name!r}; call the file {card.name}.json.")
+    return card
+
+
+def card_beside(weights: Path) -> Card | None:
+    """The card of a file of weights that lies in its folder; None where there is none."""
+    for path in (weights.with_suffix(".json"), weights.with_name(LOCAL_CARD)):
+        if path.is_file():
+            try:
+                card = Card.load(path)
+            except CardError as error:
+                warnings.warn(f"{error} So {weights.name} is not verified.", CardWarning, stacklevel=3)
+            else:
+                if card.weights.file == weights.name:
+                    return card
+    return None
 
 
 def _pretrained() -> dict[str, Card]:
@@ -147,6 +171,10 @@ def resolve(name: str) -> Entry:
         return Entry(architecture, None, ())
     known = cards()
     if name not in known:
+        for folder in checkpoint_folders():
+            if (folder / f"{name}.json").is_file():
+                # Passed over just now, it says here what is wrong with it.
+                _named(folder / f"{name}.json")
         tags = [card.tag for card in known.values() if card.architecture == stem]
         raise UnknownModelError(
             f"{stem} has no weights called {tag!r}.{suggest(tag, tags)} "

@@ -147,6 +147,22 @@ def test_a_model_that_knows_nothing_of_heads_says_so(tiny, tmp_path):
         create_model("trial_bare", checkpoint_path=tmp_path / "model.safetensors", num_classes=3)
 
 
+def test_a_checkpoint_whose_card_lies_beside_it_is_verified(tiny, home, tmp_path):
+    path = home / "checkpoints" / "trial_tiny.ones.safetensors"
+    create_model("trial_tiny", checkpoint_path=path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is corrupt"):
+        create_model("trial_tiny", checkpoint_path=path)
+    (tmp_path / "other.safetensors").write_bytes(content)
+    create_model("trial_tiny", checkpoint_path=tmp_path / "other.safetensors")
+    save_pretrained(create_model("trial_tiny"), tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="is corrupt"):
+        create_model("trial_tiny", checkpoint_path=tmp_path / "model.safetensors")
+
+
 @pytest.mark.parametrize("norm", [None, "weight"])
 def test_a_checkpoint_without_a_card_adapts_as_well(tiny, tmp_path, norm):
     path = tmp_path / "w.safetensors"

@@ -3,7 +3,7 @@
 import pytest
 
 from restpoint.models.registry import ARCHITECTURES, register_model
-from restpoint.zoo import CardError, ImageClassifier, UnknownModelError, create_model, list_models
+from restpoint.zoo import CardError, CardWarning, ImageClassifier, UnknownModelError, create_model, list_models
 
 from .conftest import Tiny, publish
 
@@ -44,14 +44,22 @@ def test_a_card_of_an_unknown_architecture_is_not_listed(tiny, home):
 def test_a_card_under_another_name_is_refused(tiny, home):
     folder = home / "checkpoints"
     (folder / "trial_tiny.ones.json").rename(folder / "trial_tiny.other.json")
-    with pytest.raises(CardError, match=r"says that its name is 'trial_tiny.ones'; call the file trial_tiny.ones.json"):
-        list_models()
+    message = r"says that its name is 'trial_tiny.ones'; call the file trial_tiny.ones.json"
+    with pytest.warns(CardWarning, match=message):
+        assert list_models("trial*") == ["trial_bare", "trial_tiny"]
+    with pytest.warns(CardWarning), pytest.raises(CardError, match=message):
+        create_model("trial_tiny.other", pretrained=True)
 
 
-def test_a_broken_card_is_named(tiny, home):
-    (home / "checkpoints" / "broken.json").write_text("{}")
-    with pytest.raises(CardError, match=r"broken\.json: the key name is missing"):
-        list_models()
+@pytest.mark.parametrize("content", ["{}", "no JSON"])
+def test_a_broken_card_is_named_and_harms_no_other_model(tiny, home, content):
+    (home / "checkpoints" / "trial_tiny.broken.json").write_text(content)
+    with pytest.warns(CardWarning, match=r"trial_tiny\.broken\.json.*passed over"):
+        assert list_models("trial*") == ["trial_bare", "trial_tiny", "trial_tiny.ones"]
+    with pytest.warns(CardWarning):
+        create_model("trial_tiny.ones", pretrained=True)
+    with pytest.warns(CardWarning), pytest.raises(CardError, match=r"broken\.json"):
+        create_model("trial_tiny.broken", pretrained=True)
 
 
 def test_a_name_belongs_to_one_builder(tiny):
