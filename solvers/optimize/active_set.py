@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .quadratic_kkt import Saddle, inactive, times
-from .quadratic_problem import Programme
+from .quadratic_problem import UNIT, Programme
 
 SIGN = 1e-10
 """A slack or multiplier of a scaled programme may be negative by this, times the size of its terms."""
@@ -52,7 +52,7 @@ def polish(
     W = inactive(everything, problem.q.dtype)
     if problem.softness is not None:
         W = W + problem.softness
-    saddle = Saddle.of(problem.Q, problem.C, W)
+    saddle = Saddle.of(problem.Q, problem.C, W, UNIT)
     start = None if v is None else torch.where(everything, v, 0.0)
     x, v, error = saddle.solve(-problem.q, problem.d, x, start)
     slow = error > tolerance

@@ -13,8 +13,8 @@ from ..solution import Status
 from ..tree import norms
 from .active_set import polish
 from .complementarity import guess_active, to_boundary
-from .quadratic_kkt import PRIMAL, PROXIMAL, factorise, solve_factor, times, times_transposed
-from .quadratic_problem import Found, Limits, Programme, QPSolver
+from .quadratic_kkt import PRIMAL, PROXIMAL, beyond_rounding, factorise, solve_factor, times, times_transposed
+from .quadratic_problem import UNIT, Found, Limits, Programme, QPSolver
 
 BOUNDARY = 0.99
 """Share of the way to the boundary of the positive orthant that a step may go."""
@@ -233,7 +233,8 @@ def residuals_of(problem: Programme, state: _Rows, floor: float) -> tuple[Tensor
     left = Qx + problem.q + Cv
     mu = (state.s * z).mean(1) if m else torch.zeros_like(left[:, 0])
     primal = norms(below) / (1 + floor + norms(problem.d) + norms(Cx))
-    dual = norms(left) / (norms(problem.q) + norms(Qx) + norms(Cv) + floor).clamp_min(1e-300)
+    terms = norms(problem.q) + norms(Qx) + norms(Cv) + floor + UNIT
+    dual = beyond_rounding(left, problem.Q, state.x, state.v) / terms
     return mu, primal, dual, below, left
 
 

@@ -81,6 +81,7 @@ class Saddle:
         weight: 1 / (W + regularisation) (batch, rows).
         hard: indices of the samples that refinement does not solve, the rows that take part in them, padded, and the
             pseudo-inverses of their matrices, of which nothing but these rows is kept.
+        unit: what is small enough to count as zero, in a right-hand side or a solution, divided by the resolution.
     """
 
     Q: Tensor
@@ -89,12 +90,13 @@ class Saddle:
     factor: Tensor
     weight: Tensor
     hard: tuple[Tensor, Tensor, Tensor] | None = None
+    unit: float = 0.0
 
     @classmethod
-    def of(cls, Q: Tensor, C: Tensor, W: Tensor) -> Saddle:
+    def of(cls, Q: Tensor, C: Tensor, W: Tensor, unit: float) -> Saddle:
         """Factorise; Q and the rows of C are to be scaled to about one."""
         weight = 1 / (W + PROXIMAL)
-        return cls(Q, C, W, factorise(Q, C, weight, PRIMAL), weight)
+        return cls(Q, C, W, factorise(Q, C, weight, PRIMAL), weight, unit=unit)
 
     def select(self, rows: Tensor) -> Saddle:
         """That of some samples; without those that are hard."""
@@ -110,9 +112,10 @@ class Saddle:
         below = torch.where(taking, d - Cu + torch.where(taking, self.W, 0.0) * v, 0.0)
         # Where one side of the system is zero, only rounding errors of the other are left of it. C u is exact to those
         # of u, but a u that Q and C do not feel must not pass for a solution.
-        given = norms(r) + norms(torch.where(taking, d, 0.0))
+        given = norms(r) + norms(torch.where(taking, d, 0.0)) + self.unit
         above = (given + norms(Qu) + norms(Cv)).clamp_min(torch.finfo(u.dtype).tiny)
-        relative = norms(left) / above + norms(below) / (given + norms(u)).clamp_min(torch.finfo(u.dtype).tiny)
+        relative = beyond_rounding(left, self.Q, u, v) / above
+        relative = relative + norms(below) / (given + norms(u)).clamp_min(torch.finfo(u.dtype).tiny)
         return left, below, relative
 
     def correct(self, left: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,6 +182,15 @@ def pseudo_inverse(saddle: Saddle) -> tuple[Tensor, Tensor]:
     cutoff = 10 * (n + rows) * torch.finfo(values.dtype).eps * size.amax(1, keepdim=True)
     inverse = torch.where(size > cutoff, 1 / values, 0.0)
     return order, (vectors * inverse.unsqueeze(1)) @ vectors.mT
+
+
+def beyond_rounding(left: Tensor, Q: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """The length of a residual Q u + C'v - r (batch,), without what rounding the products may have added to it.
+
+    Where they cancel and nothing else pulls at u, that is all there is.
+    """
+    largest = Q.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
+    return (norms(left) - 8 * torch.finfo(u.dtype).eps * (largest * norms(u) + norms(v))).clamp_min(0)
 
 
 def inactive(active: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 TINY = 1e-12
 """Slacks and multipliers of scaled programmes below this are taken for it where one is divided by the other."""
 
+UNIT = 1e-8
+"""Size, in a scaled programme, of terms that nothing needs to be exact relative to: 0 / 0 is no residual."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Programme:

@@ -8,7 +8,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from restpoint.solvers import PDHG, CentralPath, InteriorPoint, SolverWarning, Status, linear_program, quadratic_program
-from tests.solvers.optimize.quadratic_problems import D, linear, quadratic, times
+from tests.solvers.optimize.quadratic_problems import D, linear, quadratic, times, violation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
 
@@ -190,3 +190,42 @@ class TestSparse:
         large = scipy.sparse.eye(2000, format="csr")
         with pytest.raises(ValueError, match=r"are for PDHG\(\)"):
             linear_program(torch.ones(2000), csr(large), torch.ones(2000), solver=InteriorPoint())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_small_integers_make_every_kind_of_degenerate_programme(seed):
+    """Infeasible, unbounded, with ties and redundant rows: statuses and optima as scipy's."""
+    rng = np.random.default_rng(seed)
+    n, m, p = int(rng.integers(2, 7)), int(rng.integers(2, 14)), int(rng.integers(0, 3))
+    shapes = ((20, n), (20, m, n), (20, m), (20, p, n), (20, p))
+    c, G, h, A, b = (rng.integers(-2, 3, shape).astype(float) for shape in shapes)
+    ours = linear_program(*[torch.from_numpy(t) for t in (c, G, h, A, b)])
+    kinds = {0: Status.CONVERGED, 2: Status.INFEASIBLE, 3: Status.UNBOUNDED}
+    for i in range(20):
+        theirs = scipy.optimize.linprog(c[i], G[i], h[i], A[i], b[i], bounds=(None, None))
+        # What is unbounded and has not been looked for a feasible point goes by either name there.
+        feasible = scipy.optimize.linprog(0 * c[i], G[i], h[i], A[i], b[i], bounds=(None, None)).status == 0
+        if theirs.status == 0 or not feasible:
+            assert ours.stats.status[i] == kinds[theirs.status if theirs.status == 0 else 2]
+        else:
+            assert ours.stats.status[i] == Status.UNBOUNDED
+        if theirs.status == 0:
+            assert abs(float(ours.objective[i]) - theirs.fun) < 1e-6 * (1 + abs(theirs.fun))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_small_integers_make_every_kind_of_degenerate_quadratic_programme(seed):
+    rng = np.random.default_rng(seed)
+    n, m = int(rng.integers(2, 7)), int(rng.integers(2, 14))
+    root = rng.integers(-1, 2, (20, n, int(rng.integers(1, n + 1)))).astype(float)
+    q, G, h = rng.integers(-2, 3, (20, n)), rng.integers(-2, 3, (20, m, n)), rng.integers(0, 4, (20, m))
+    Q = torch.from_numpy(root @ root.transpose(0, 2, 1))
+    q, G, h = (torch.from_numpy(t.astype(float)) for t in (q, G, h))
+    solution = quadratic_program(Q, q, G, h)
+    ended = solution.converged
+    assert ((solution.stats.status == Status.UNBOUNDED) | ended).all()
+    rays = solution.certificate.ray[~ended]
+    assert (times(Q[~ended], rays).abs() < 1e-8).all() and (times(G[~ended], rays) < 1e-8).all()
+    assert ((q[~ended] * rays).sum(1) < -1e-8).all()
+    problem = (Q, q, G, h, torch.zeros(20, 0, n, dtype=D), torch.zeros(20, 0, dtype=D))
+    assert (violation(problem, solution)[ended] < 1e-9).all()
