@@ -67,16 +67,31 @@ class VariationalDropout(nn.Module):
             calls.append(needed)
             return x
         mask = next(calls, None)
-        if mask is None or mask.shape[1:] != needed.shape:
+        if mask is None:
             raise RuntimeError(
                 "VariationalDropout: this solve holds no mask for this call. A DEQ draws masks for the dropouts among "
                 "its cell's modules, which every evaluation must call in the same order; give the cell as an nn.Module."
+            )
+        if mask.shape[1:] != needed.shape:
+            raise RuntimeError(
+                f"VariationalDropout: this call needs a mask of shape (batch, {_sizes(needed.shape)}), and the solve "
+                f"drew one of (batch, {_sizes(mask.shape[1:])}) for it. Every evaluation must call the cell's dropouts "
+                "in the same order, with the same shapes."
+            )
+        if len(mask) != len(x):
+            raise RuntimeError(
+                f"VariationalDropout: expected the batch of the state in front, {len(mask)}, got {len(x)}: a mask "
+                "belongs to a sample. Drop before samples are split or joined."
             )
         return x * mask.to(x.dtype)
 
     def extra_repr(self) -> str:
         """The options, for repr()."""
         return f"p={self.p}, channelwise={self.channelwise}"
+
+
+def _sizes(shape: tuple[int, ...]) -> str:
+    return ", ".join(map(str, shape))
 
 
 def active_dropouts(module: nn.Module) -> bool:

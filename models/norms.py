@@ -26,7 +26,9 @@ def normalise(cell: nn.Module, kind: str) -> list[str]:
 
     "weight" separates each output channel's length from its direction (Salimans and Kingma 2016); "spectral" divides
     by the largest singular value of the weight as an (out, rest) matrix, estimated by power iteration (Miyato et al.
-    2018): for a convolution that is not the norm of the operator.
+    2018): for a convolution that is not the norm of the operator. In train() every pass moves that estimate by one step
+    of the iteration, from an exact start. So after a step of an optimiser, which moves the weight as well, train() and
+    eval() differ by what the iteration has yet to catch up, until passes in train() have caught up.
 
     Args:
         cell: the module; modules whose weight is already parametrised are left alone.
@@ -36,20 +38,44 @@ def normalise(cell: nn.Module, kind: str) -> list[str]:
         The names of the modules that were normalised.
 
     Raises:
-        ValueError: the kind is unknown, or the cell has nothing to normalise.
+        ValueError: the kind is unknown, the cell has nothing to normalise, or modules share a weight.
     """
     if kind not in NORMS:
         raise ValueError(f"norm must be None, {' or '.join(map(repr, NORMS))}; got {kind!r}.")
-    names = [
-        name
-        for name, module in cell.named_modules()
-        if isinstance(module, _WEIGHTED) and not parametrize.is_parametrized(module, "weight")
-    ]
+    weighted = {name: module for name, module in cell.named_modules() if isinstance(module, _WEIGHTED)}
+    names = [name for name, module in weighted.items() if not parametrize.is_parametrized(module, "weight")]
     if not names:
-        raise ValueError(f"norm={kind!r}: {type(cell).__name__} has no linear or convolution weight to normalise.")
+        raise ValueError(
+            f"norm={kind!r}: {type(cell).__name__} has no linear or convolution weight to normalise"
+            + (", since they are parametrised already; leave norm out." if weighted else ".")
+        )
+    _refuse_ties(cell, names, kind)
     for name in names:
-        NORMS[kind](cell.get_submodule(name))
+        module = cell.get_submodule(name)
+        weight: Tensor = module.weight.detach()  # type: ignore[operator]
+        NORMS[kind](module)
+        if kind == "spectral" and not weight.is_meta:
+            # torch starts with a few steps of the iteration, after which train() and eval() would still differ.
+            u, _, v = torch.linalg.svd(weight.flatten(1).double(), full_matrices=False)
+            estimate: Any = module.parametrizations.weight[0]  # type: ignore[union-attr, index]
+            estimate._u.copy_(u[:, 0])
+            estimate._v.copy_(v[0])
     return names
+
+
+def _refuse_ties(cell: nn.Module, names: list[str], kind: str) -> None:
+    """Parametrizations would give each owner of a shared weight a weight of its own."""
+    owners: dict[int, list[str]] = {}
+    for path, module in cell.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(f"{path}.{name}".removeprefix("."))
+    for name in names:
+        shared = owners[id(cell.get_submodule(name).weight)]
+        if len(shared) > 1:
+            raise ValueError(
+                f"norm={kind!r}: {' and '.join(shared)} are one tensor, and normalisation would untie them; use one "
+                "module in both places, or leave norm out."
+            )
 
 
 Weights = list[tuple[nn.Module, Tensor]]

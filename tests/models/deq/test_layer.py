@@ -181,6 +181,44 @@ def test_twice_in_one_graph_normalised_and_in_training(norm):
     assert_equal(*results)
 
 
+def test_spectral_normalisation_is_the_same_in_train_and_eval_from_the_start():
+    """The power iteration starts where it would end."""
+    torch.manual_seed(0)
+    layer = DEQ(Cell(width=40), norm="spectral", **EXACT).double()
+    x = torch.randn(3, 40, dtype=torch.float64)
+    torch.testing.assert_close(layer.train()(x), layer.eval()(x), rtol=1e-5, atol=1e-6)
+    norm = torch.linalg.matrix_norm(layer.cell.recurrent.weight, 2)
+    assert norm.item() == pytest.approx(1.0, abs=1e-5)
+
+
+class Tied(nn.Module):
+    def __init__(self, same):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = self.first if same else nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+
+    def forward(self, z, x):
+        return torch.tanh(self.second(0.3 * self.first(z)) + x)
+
+
+@pytest.mark.parametrize("norm", ["weight", "spectral"])
+def test_tied_weights_stay_tied_or_are_refused(norm):
+    with pytest.raises(ValueError, match=r"first\.weight and second\.weight are one tensor"):
+        DEQ(Tied(same=False), norm=norm)
+    layer = copy.deepcopy(DEQ(Tied(same=True), norm=norm))
+    assert layer.cell.first is layer.cell.second
+    layer(torch.randn(2, 4)).sum().backward()
+
+
+def test_a_cell_that_is_normalised_already_says_so():
+    cell = Cell()
+    for linear in (cell.recurrent, cell.inject):
+        nn.utils.parametrizations.weight_norm(linear)
+    with pytest.raises(ValueError, match="parametrised already; leave norm out"):
+        DEQ(cell, norm="weight")
+
+
 @pytest.mark.parametrize("norm", ["weight", "spectral"])
 def test_weights_are_computed_once_a_solve(norm):
     layer = layer_of(norm)
@@ -274,6 +312,30 @@ def test_a_dropout_that_the_layer_cannot_see_is_an_error():
     layer = DEQ(lambda z, x: torch.tanh(0.3 * drop(z) + x), dropout=0.1)
     with pytest.raises(RuntimeError, match="no mask for this call"):
         layer(torch.randn(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("reshape", "message"),
+    [
+        (lambda z: z.reshape(-1, 2), r"expected the batch of the state in front, 3, got 6"),
+        (
+            lambda z: z if len(z) == 1 else z[:, :3],
+            r"a mask of shape \(batch, 3\), and the solve drew one of \(batch, 4\)",
+        ),
+    ],
+)
+def test_a_mask_that_does_not_fit_says_what_was_expected(reshape, message):
+    class Reshaping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = VariationalDropout(0.5)
+
+        def forward(self, z, x):
+            self.drop(reshape(z))
+            return 0.3 * z + x
+
+    with pytest.raises(RuntimeError, match=message):
+        DEQ(Reshaping())(torch.randn(3, 4))
 
 
 def test_dropout_in_a_nested_layer_is_an_error():
