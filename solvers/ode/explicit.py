@@ -15,6 +15,9 @@ from .method import Carry, Method, Rhs, Step, Time, column
 from .tableau import Row, Tableau
 from .tableau_dopri8 import DOPRI8
 
+# Differences of so many times the resolution of the state are no more than rounding.
+_ROUNDING = 100.0
+
 
 class ExplicitRungeKutta(Method):
     """An explicit Runge-Kutta method, given by its tableau.
@@ -83,14 +86,16 @@ class ExplicitRungeKutta(Method):
         """
         if self.tableau.twins is None:
             return None
-        first, second = self.tableau.twins
         if isinstance(step.stages, Workspace):
-            change, apart = step.stages.twins(first, second)
+            both = step.stages.twins()
         else:
+            first, second = self.tableau.twins
             change = (step.stages[second] - step.stages[first]) * column(h, step.y)
-            apart = weighted(step.stages, self.tableau.apart, h)
-        sizes = [torch.linalg.vector_norm(x, dim=-1) for x in (change, apart)]
-        return (sizes[0] / (sizes[1] * self.tableau.reach)).nan_to_num(nan=0.0, posinf=0.0)
+            both = torch.stack((weighted(step.stages, self.tableau.apart, h) * self.tableau.reach, change))
+        apart, change = torch.linalg.vector_norm(both, dim=-1).unbind(0)
+        # Differences that rounding makes tell nothing.
+        least = torch.linalg.vector_norm(step.y, dim=-1) * (_ROUNDING * torch.finfo(step.y.dtype).eps)
+        return change / torch.maximum(apart, least).clamp(min=torch.finfo(step.y.dtype).tiny)
 
     def dense(self, rhs: Rhs, t: Time, y: Tensor, h: Time, step: Step) -> Tensor:
         """By the tableau's interpolant; its extra stages are evaluated here."""
@@ -138,7 +143,11 @@ class Workspace:
         self._weights = [y.new_tensor(row[:i]) for i, row in enumerate(tableau.rows)]
         self._error = None if tableau.error is None else y.new_tensor(tableau.error)
         self._interpolant = y.new_tensor(tableau.interpolant)
-        self._apart = None if tableau.twins is None else y.new_tensor(tableau.apart)
+        if tableau.twins is not None:
+            first, second = tableau.twins
+            change = [float(i == second) - float(i == first) for i in range(second + 1)]
+            self._twins = y.new_tensor([[tableau.reach * x for x in (*tableau.apart, 0.0)], change])
+            self._late = self._buffer[: second + 1]
 
     def start(self, t: Time, y: Tensor, h: Time) -> None:
         """Begin a step of length h from `y` at t."""
@@ -171,12 +180,10 @@ class Workspace:
         prefix = self._prefixes[len(self._error)]
         return torch.addmv(self._y, prefix, self._error, beta=0, alpha=self._h).view_as(self._like)
 
-    def twins(self, first: int, second: int) -> tuple[Tensor, Tensor]:
-        """The differences h (k_j - k_i) and Y_j - Y_i of two stages, each (batch, n)."""
-        assert self._apart is not None
-        change = (self._rows[second] - self._rows[first]).mul_(self._h)
-        apart = torch.addmv(self._y, self._prefixes[second], self._apart, beta=0, alpha=self._h)
-        return change, apart.view_as(self._like)
+    def twins(self) -> Tensor:
+        """The differences reach (Y_j - Y_i) and h (k_j - k_i) of two stages (2, batch, n)."""
+        both = torch.mm(self._twins, self._late)
+        return (both if self._scale is not None else both.mul_(self._h)).view(2, *self._like.shape)
 
     def polynomial(self) -> Tensor:
         """Coefficients (degree + 1, batch, n) of the dense output."""

@@ -71,12 +71,19 @@ def test_inside_torch_func(expected):
     torch.testing.assert_close(torch.func.grad(loss)(MU), expected[1], rtol=2e-3, atol=1e-4)
 
 
-def test_problems_that_are_not_stiff_are_left_alone(monkeypatch):
-    y0 = torch.tensor([[1.0, 0.0]], dtype=F64)
-
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize(
+    "field, y0, end",
+    [
+        (lambda t, y: torch.stack([y[:, 1], -y[:, 0]], 1), [[1.0, 0.0]], 10.0),
+        # At rest but for rounding.
+        (lambda t, y: -1e-6 * (3 * y - 1 - 2 * y * y.reciprocal()), [[1.0 + 1e-13, 1.0 - 1e-13]], 1e5),
+    ],
+)
+def test_problems_that_are_not_stiff_are_left_alone(field, y0, end, per_sample, monkeypatch):
     def steps():
-        solution = solve_ode(lambda t, y: torch.stack([y[:, 1], -y[:, 0]], 1), y0, (0.0, 10.0))
-        return int(solution.stats.steps[0])
+        control = PIDController(per_sample=per_sample)
+        return int(solve_ode(field, torch.tensor(y0, dtype=F64), (0.0, end), controller=control).stats.steps[0])
 
     found = steps()
     monkeypatch.setattr(Tsit5, "strain", lambda self, h, step: None)
