@@ -85,6 +85,17 @@ def recording_tangents() -> bool:
     return forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
 
 
+def differentiated(tensor: Tensor) -> bool:
+    """Whether a derivative with respect to `tensor` may be wanted, in reverse or forward mode, at any open level."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_gradtrackingtensor(tensor):
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    if tensor.requires_grad or not recording_tangents():
+        return tensor.requires_grad
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
 @contextlib.contextmanager
 def no_derivatives() -> Iterator[None]:
     """Neither reverse-mode graphs nor forward-mode tangents are recorded inside."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..options import options
 from ..solution import Stats
-from ..transforms import inside_transform, no_derivatives
+from ..transforms import differentiated, inside_transform, no_derivatives
 from .problem import Keeper, Problem, Run
 from .replay import replay
 from .sample_steps import SampleSteps
@@ -42,7 +42,7 @@ class Task:
 
     def _time(self, index: int) -> Tensor | None:
         times = self.problem.times
-        if not times.given.requires_grad:
+        if not differentiated(times.given):
             return None
         time = times.given[..., index].double()
         return time.expand(len(self.problem.y0)) if self.problem.per_sample else time
