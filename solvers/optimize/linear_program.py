@@ -47,7 +47,8 @@ def linear_program(
 
     With a sparse G or A, which all samples share, the method is `PDHG`. Up to 1024 variables and rows together the
     vertex that it finds is then solved for exactly, and everything is differentiable. Above that nothing is factorised,
-    the result is as exact as `rtol` says (choose 1e-4 to 1e-8), and only `objective` is differentiable, in c, h and b.
+    the result is as exact as `rtol` says (choose 1e-4 to 1e-8), and only `objective` is differentiable, in c, h and b;
+    one without an optimum ends as MAX_STEPS, without a certificate.
 
     Args:
         c: the objective (batch, n) or (n,).
