@@ -105,7 +105,7 @@ class Fingerprint:
         self._parts.append(type(thing))
         for name, part in vars(thing).items():
             # Of the many dictionaries of hooks most are empty.
-            if part or name in _HOOKS or not isinstance(part, dict):
+            if not isinstance(part, dict) or part or name in _HOOKS:
                 self._parts.append(name)
                 self._visit(part)
         self._code(type(thing).forward)

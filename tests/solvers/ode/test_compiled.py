@@ -172,6 +172,25 @@ class Network(nn.Module):
         return self.scale * torch.tanh(self.layer(y))
 
 
+class Weighted(nn.Module):
+    """With a tensor that is neither parameter nor buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = randn(3)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return -self.weights.abs() * y
+
+
+def test_tensors_may_be_plain_attributes():
+    field, y0 = Weighted(), randn(4, 3)
+    for _ in range(2):
+        found = solve_ode(field, y0, (0.0, 1.0), compile=True, **OPTIONS).value
+        torch.testing.assert_close(found, solve_ode(field, y0, (0.0, 1.0), **OPTIONS).value)
+        field.weights = randn(3)
+
+
 def test_a_program_serves_other_values_and_not_other_fields():
     first, second, y0 = Network(), Network(), randn(4, 3)
     for model in (first, second):
