@@ -19,6 +19,12 @@ from .tableau_dopri8 import DOPRI8
 _ROUNDING = 100.0
 
 
+def _least(y: Tensor) -> tuple[float, float]:
+    """What differences that tell something are larger than: a number, and a share of the state."""
+    kind = torch.finfo(y.dtype)
+    return kind.tiny**0.5, _ROUNDING * kind.eps
+
+
 class ExplicitRungeKutta(Method):
     """An explicit Runge-Kutta method, given by its tableau.
 
@@ -87,15 +93,15 @@ class ExplicitRungeKutta(Method):
         if self.tableau.twins is None:
             return None
         if isinstance(step.stages, Workspace):
-            both = step.stages.twins()
+            parts = step.stages.twins(step.y)
         else:
             first, second = self.tableau.twins
             change = (step.stages[second] - step.stages[first]) * column(h, step.y)
-            both = torch.stack((weighted(step.stages, self.tableau.apart, h) * self.tableau.reach, change))
-        apart, change = torch.linalg.vector_norm(both, dim=-1).unbind(0)
-        # Differences that rounding makes tell nothing.
-        least = torch.linalg.vector_norm(step.y, dim=-1) * (_ROUNDING * torch.finfo(step.y.dtype).eps)
-        return change / torch.maximum(apart, least).clamp(min=torch.finfo(step.y.dtype).tiny)
+            apart = weighted(step.stages, self.tableau.apart, h) * self.tableau.reach
+            floor, share = _least(step.y)
+            parts = torch.stack((apart, change, floor + share * step.y))
+        apart, change, least = torch.linalg.vector_norm(parts, dim=-1).unbind(0)
+        return change / torch.maximum(apart, least)
 
     def dense(self, rhs: Rhs, t: Time, y: Tensor, h: Time, step: Step) -> Tensor:
         """By the tableau's interpolant; its extra stages are evaluated here."""
@@ -148,6 +154,10 @@ class Workspace:
             change = [float(i == second) - float(i == first) for i in range(second + 1)]
             self._twins = y.new_tensor([[tableau.reach * x for x in (*tableau.apart, 0.0)], change])
             self._late = self._buffer[: second + 1]
+            self._parts = y.new_empty((3, *y.shape))
+            self._both = self._parts[:2].view(2, -1)
+            floor, self._share = _least(y)
+            self._floor = y.new_tensor(floor)
 
     def start(self, t: Time, y: Tensor, h: Time) -> None:
         """Begin a step of length h from `y` at t."""
@@ -180,10 +190,13 @@ class Workspace:
         prefix = self._prefixes[len(self._error)]
         return torch.addmv(self._y, prefix, self._error, beta=0, alpha=self._h).view_as(self._like)
 
-    def twins(self) -> Tensor:
-        """The differences reach (Y_j - Y_i) and h (k_j - k_i) of two stages (2, batch, n)."""
-        both = torch.mm(self._twins, self._late)
-        return (both if self._scale is not None else both.mul_(self._h)).view(2, *self._like.shape)
+    def twins(self, y: Tensor) -> Tensor:
+        """The differences reach (Y_j - Y_i) and h (k_j - k_i) of two stages, and of what size rounding makes either,
+        (3, batch, n), all of them over h where that is a float.
+        """
+        torch.mm(self._twins, self._late, out=self._both)
+        torch.add(self._floor, y, alpha=self._share / self._h, out=self._parts[2])
+        return self._parts
 
     def polynomial(self) -> Tensor:
         """Coefficients (degree + 1, batch, n) of the dense output."""

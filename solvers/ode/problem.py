@@ -52,7 +52,7 @@ class Tolerance:
         """The same, and the largest of `beside` (batch,) over these samples, in one synchronisation."""
         norm, count = self._norm(error, scale, alive)
         beside = beside if alive is None else torch.where(alive, beside, 0.0)
-        total, largest = torch.stack((norm.max(), plain(beside).max().to(norm.dtype))).tolist()
+        total, largest = torch.stack((norm.max() if norm.ndim else norm, plain(beside).max())).tolist()
         return total / math.sqrt(count), largest
 
     def _norm(self, error: Tensor, scale: Tensor, alive: Tensor | None) -> tuple[Tensor, int]:

@@ -26,7 +26,7 @@ UNDERFLOW = 16 * 2.0**-52
 # errors from growing, and the derivative of the steps that were taken, which knows nothing of it, grows without bound.
 STABLE = 0.98
 # One in so many steps is looked at while the last one looked at was shorter than this fraction.
-_CALM, _STRAINED = 4, 0.8
+_CALM, _STRAINED = 4, 0.9
 # Of a step whose stage equations could not be solved.
 GIVE_WAY = 0.5
 
