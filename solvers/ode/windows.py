@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
+from ..solution import SolverError
 from .externals import clock
 from .lined_up import LinedUp
 from .mesh import Taken
@@ -111,6 +112,17 @@ class WindowPullback(ExplicitPullback):
 
     def _pull_window(self, span: range, states: list[Tensor], bar: Backward) -> bool:
         """Whether it worked; if not, nothing has changed."""
+        try:
+            return self._pull_mapped(span, states, bar)
+        except SolverError:
+            raise
+        except Exception:
+            # As where vmap records nothing: a field that is evaluated once more in its derivative, such as one under
+            # torch.utils.checkpoint, fails outside of vmap.
+            self._possible = False
+            return False
+
+    def _pull_mapped(self, span: range, states: list[Tensor], bar: Backward) -> bool:
         steps = [self.mesh.steps[index] for index in span]
         if any(step.replace is not None for step in steps):
             return False

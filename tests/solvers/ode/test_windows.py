@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from restpoint.solvers import SolverError
@@ -259,3 +260,17 @@ class TestWhatStays:
         stats = solution.adjoint_stats
         assert (stats.accepted == solution.stats.accepted).all()
         assert (stats.evaluations >= 6 * stats.accepted).all()
+
+
+def test_a_field_that_is_checkpointed_itself():
+    """Its evaluations are repeated in the backward pass, outside of the mapping over steps."""
+    net, y0 = nn.Linear(2, 2, dtype=F64), torch.randn(3, 2, dtype=F64, requires_grad=True)
+
+    def checkpointed(t, y):
+        return torch.utils.checkpoint.checkpoint(net, y, use_reentrant=False)
+
+    def gradients(field):
+        value = solve_ode(field, y0, (0.0, 0.5, 1.0), rtol=1e-4, atol=1e-4).value
+        return torch.autograd.grad(value[1:].square().sum(), [y0, *net.parameters()])
+
+    torch.testing.assert_close(gradients(checkpointed), gradients(lambda t, y: net(y)), rtol=1e-10, atol=1e-12)
