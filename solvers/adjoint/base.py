@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from ..fixed_point.driver import Budget, Carry, independent, iterate, start
 from ..fixed_point.method import FixedPointSolver
 from ..fixed_point.problem import Problem
-from ..solution import Stats, Status
-from ..transforms import all_true, any_true, derivative_levels, inside_vmap, no_derivatives, plain
+from ..solution import AdjointWarning, Stats, Status, warn_caller
+from ..transforms import all_true, any_true, derivative_levels, inside_vmap, no_derivatives, plain, recording_tangents
 from ..tree import norms
 
 
@@ -222,6 +223,30 @@ class Witness:
                 "between the forward pass and the backward pass, which computes with it again: the gradient would be "
                 "wrong."
             )
+
+
+def refuse_batched(grad: Tensor | None, name: str) -> None:
+    """Raise RuntimeError where autograd hands several gradients at once to a backward pass that looks at each."""
+    if grad is not None and _functorch.is_legacy_batchedtensor(grad):
+        raise RuntimeError(
+            f"A backward pass through {name} was asked for several gradients at once (is_grads_batched=True, or "
+            "vectorize=True of torch.autograd.functional), of which it cannot see each by itself; ask for one after "
+            "another, or take torch.func.jacrev, jacfwd or hessian with ImplicitAdjoint()."
+        )
+
+
+def warn_of_start(carry: Carry, name: str) -> None:
+    """Warn where a sample had converged before the first step: the gradient of no step is zero."""
+    if not (torch.is_grad_enabled() or recording_tangents()):
+        return
+    at_once = (plain(carry.steps) == 0) & (plain(carry.status) == int(Status.CONVERGED))
+    if any_true(at_once):
+        warn_caller(
+            f"{name}: {int(at_once.sum())} of {at_once.numel()} samples had converged at the initial value, so that no "
+            "step was recorded and their gradient is zero, but towards the initial value. Lower rtol, start elsewhere, "
+            "or choose ImplicitAdjoint().",
+            AdjointWarning,
+        )
 
 
 def wants_derivatives() -> bool:

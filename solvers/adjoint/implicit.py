@@ -19,7 +19,7 @@ from ..options import options, require
 from ..solution import AdjointWarning, Solution, SolverError, Stats, Status
 from ..transforms import any_true, autocast_to, derivative_levels, inside_transform, no_derivatives
 from ..tree import norms
-from .base import RestPointAdjoint, forward_level
+from .base import RestPointAdjoint, forward_level, refuse_batched
 from .coupling import coupled, doubtful, solve_jointly
 
 Solve = Callable[[Tensor, bool], Tensor]
@@ -226,6 +226,7 @@ class _Inverse(torch.autograd.Function):
                 "A backward pass through ImplicitAdjoint(order=1) was asked to build a graph (create_graph=True), "
                 "but the second derivative needs ImplicitAdjoint(order=2)."
             )
+        refuse_batched(grads[0], "ImplicitAdjoint")
         return _Inverse.apply(grads[0], ctx.solve, not ctx.transposed, ctx.order, True), None, None, None, None
 
 
@@ -306,6 +307,12 @@ _SINGULAR = (
 )
 
 
+_NEARLY_SINGULAR = (
+    "The Jacobian may be singular there, where the gradient does not exist: look at the point with "
+    "restpoint.solvers.diagnose. Otherwise loosen the tolerance of the adjoint's linear solver, or "
+)
+
+
 def _complain(solution: Solution[Tensor], loose: Tensor) -> None:
     """Raise where A is singular, warn where the backward solve is only less exact than it should be."""
     residual = solution.stats.residual
@@ -313,10 +320,13 @@ def _complain(solution: Solution[Tensor], loose: Tensor) -> None:
     if bool(broken.any()):
         raise SolverError(_SINGULAR.format(sample=f"sample {int(broken.nonzero()[0])}"), solution)
     worst = int(torch.where(loose, residual, -1.0).argmax())
+    status = Status(int(solution.stats.status[worst]))
     warnings.warn(
         f"implicit differentiation: the backward solve of {int(loose.sum())} of {len(loose)} samples did not reach its "
-        f"tolerance (worst: sample {worst}, relative residual {float(residual[worst]):.3g}), and the gradient is that "
-        "much less exact. Raise max_steps of the adjoint's linear solver, or choose another one.",
+        f"tolerance (worst: sample {worst}, relative residual {float(residual[worst]):.3g}, {status.name}: it "
+        f"{status.meaning}), and the gradient is that much less exact. "
+        + (_NEARLY_SINGULAR if status == Status.STAGNATED else "Raise max_steps of the adjoint's linear solver, or ")
+        + "choose another one.",
         AdjointWarning,
         stacklevel=2,
     )

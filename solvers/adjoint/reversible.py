@@ -18,7 +18,7 @@ from ..fixed_point.problem import Problem
 from ..solution import AdjointWarning
 from ..transforms import inside_transform
 from ..tree import norms
-from .base import Adjoint, Task, Witness, healthy_rows, wants_derivatives
+from .base import Adjoint, Task, Witness, healthy_rows, refuse_batched, wants_derivatives, warn_of_start
 from .shared import ReversibleAdjoint
 
 
@@ -83,6 +83,7 @@ class ReversibleSteps(Adjoint):
                 "choose ImplicitAdjoint() or UnrollAdjoint() under its transforms."
             )
         carry = self._recorded(task)
+        warn_of_start(carry, "ReversibleAdjoint")
         rows = healthy_rows(task.problem, carry)
         if rows is not None:
             some = self._recorded(task.rows(rows))
@@ -175,6 +176,7 @@ class _Walk:
                 "A backward pass through ReversibleAdjoint was asked to build a graph (create_graph=True), but it has "
                 "first derivatives only; choose ImplicitAdjoint(order=2) or UnrollAdjoint()."
             )
+        refuse_batched(grad, "ReversibleAdjoint")
         size = torch.zeros_like(self.weight) if grad is None else norms(grad)
         self.heaviest = size if index >= len(self.moved) - 1 else torch.maximum(self.heaviest, size)
         self.weight = size

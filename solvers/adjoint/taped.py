@@ -13,7 +13,7 @@ from torch.utils import checkpoint
 from ..fixed_point.driver import Carry, advance, settle
 from ..options import options
 from ..transforms import inside_reverse, no_derivatives
-from .base import Adjoint, Task, Witness, healthy_rows, wants_derivatives
+from .base import Adjoint, Task, Witness, healthy_rows, wants_derivatives, warn_of_start
 from .shared import CheckpointAdjoint
 
 
@@ -31,7 +31,7 @@ class UnrollAdjoint(Adjoint):
         """Run with the graph being recorded."""
         if not wants_derivatives():
             return task.run()
-        return _taped(task, lambda part: part.run(compact=False))
+        return _taped(task, lambda part: part.run(compact=False), "UnrollAdjoint")
 
 
 class CheckpointedSteps(Adjoint):
@@ -49,7 +49,7 @@ class CheckpointedSteps(Adjoint):
                 "CheckpointAdjoint keeps its states by saved-tensor hooks, which torch.func does not support; choose "
                 "ImplicitAdjoint() or UnrollAdjoint() under its grad, vjp and jacrev."
             )
-        return _taped(task, self._segments)
+        return _taped(task, self._segments, "CheckpointAdjoint")
 
     def _segments(self, task: Task) -> Carry:
         with no_derivatives():
@@ -65,13 +65,14 @@ class CheckpointedSteps(Adjoint):
         return settle(carry)
 
 
-def _taped(task: Task, run: Any) -> Carry:
-    carry: Carry = run(task)
+def _taped(task: Task, run: Callable[[Task], Carry], name: str) -> Carry:
+    carry = run(task)
+    warn_of_start(carry, name)
     rows = healthy_rows(task.problem, carry)
     if rows is None:
         return carry
     # The recording of a broken row would carry its NaN into shared parameters: record the others alone.
-    some: Carry = run(task.rows(rows))
+    some = run(task.rows(rows))
     return dataclasses.replace(carry, value=rows.merge(carry.value.detach(), some.value))
 
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from restpoint.solvers import (
     GMRES,
     LU,
+    AdjointWarning,
     Anderson,
     Broyden,
     CheckpointAdjoint,
@@ -336,6 +337,35 @@ class TestReuse:
             ).value  # fmt: skip
 
         assert torch.autograd.gradgradcheck(value, (w,), fast_mode=True)
+
+
+class TestSeveralGradientsAtOnce:
+    """is_grads_batched=True, as torch.autograd.functional's vectorize=True asks for."""
+
+    @staticmethod
+    def jacobian(adjoint):
+        return torch.autograd.functional.jacobian(
+            lambda w: solve(lambda z, x: torch.tanh(z @ w + x), (X,), adjoint).value, W, vectorize=True
+        )
+
+    @pytest.mark.parametrize("adjoint", [ImplicitAdjoint(), ImplicitAdjoint(order=2), ReversibleAdjoint()], ids=name)
+    def test_is_refused_where_each_is_looked_at(self, adjoint):
+        with pytest.raises(RuntimeError, match=r"is_grads_batched=True.*torch.func.jacrev"):
+            self.jacobian(adjoint)
+
+    @pytest.mark.parametrize("adjoint", [UnrollAdjoint(), CheckpointAdjoint()], ids=name)
+    def test_works_elsewhere(self, adjoint):
+        close(self.jacobian(adjoint), torch.func.jacrev(lambda w: rest(X, w))(W))
+
+
+@pytest.mark.parametrize("adjoint", [UnrollAdjoint(), CheckpointAdjoint(), ReversibleAdjoint()], ids=name)
+def test_a_recorded_solve_that_begins_at_its_end_says_that_its_gradient_is_zero(adjoint):
+    w = W.clone().requires_grad_()
+    z0 = rest(X, W).detach()
+    with pytest.warns(AdjointWarning, match="3 of 3 samples had converged at the initial value.*ImplicitAdjoint"):
+        fixed_point(lambda z, x: torch.tanh(z @ w + x), z0, (X,), adjoint=adjoint, rtol=1e-3)
+    with torch.no_grad():
+        fixed_point(lambda z, x: torch.tanh(z @ w + x), z0, (X,), adjoint=adjoint, rtol=1e-3)
 
 
 class TestTrajectory:

@@ -320,6 +320,17 @@ class TestSingular:
             solution.value.sum().backward()
         assert type(error.value).__name__ == "SolverError"
 
+    @pytest.mark.parametrize("linear", [GMRES(), Neumann(), BiCGSTAB(), FixedPointLinear()], ids=name)
+    def test_an_iterative_solver_warns_of_it(self, linear):
+        from restpoint.solvers.solution import AdjointWarning
+
+        theta = torch.ones(1, 1, dtype=D, requires_grad=True)
+        value = root(
+            lambda x, t: x**2 + t**2 - 1, torch.zeros(1, 1, dtype=D), (theta,), adjoint=ImplicitAdjoint(linear)
+        ).value
+        with pytest.warns(AdjointWarning, match="residual 1, STAGNATED.*Jacobian may be singular"):
+            value.sum().backward()
+
     def test_a_sample_that_the_loss_leaves_out_is_no_matter(self):
         theta = torch.tensor([[0.6], [1.0]], dtype=D, requires_grad=True)
         solution = root(lambda x, t: x**2 + t**2 - 1, torch.tensor([[0.5], [0.0]], dtype=D), (theta,), rtol=1e-14)
