@@ -9,7 +9,10 @@ from restpoint.models.registry import ARCHITECTURES, ImageClassifier
 from restpoint.zoo import create_model, list_models, save_pretrained
 
 # Too large for here, or made for images of one size: a test_* model of the same class stands for each.
-ELSEWHERE = {"mon_fc_small"}
+ELSEWHERE = {
+    "mdeq_large", "mdeq_large_imagenet", "mdeq_large_imagenet_reg", "mdeq_large_reg", "mdeq_small_imagenet",
+    "mdeq_small_imagenet_reg", "mdeq_tiny", "mdeq_xl_imagenet", "mon_fc_small",
+}  # fmt: skip
 NAMES = [n for n in list_models(task="image-classification", pretrained=False) if n not in ELSEWHERE]
 SIDE = 12
 
@@ -32,6 +35,8 @@ def images():
 def test_heads(model, images):
     assert isinstance(model, ImageClassifier)
     assert (model.num_classes, model.in_chans) == (7, 2)
+    # Batch normalisation makes another map of a model in training.
+    model.train(not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()))
     features = model.forward_features(images)
     pooled = model.forward_head(features, pre_logits=True)
     assert pooled.shape == (2, model.num_features)
@@ -120,7 +125,9 @@ def test_another_head_and_other_channels_on_saved_weights(name, model, images, t
             torch.testing.assert_close(adapted.forward_features(twice), features, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if ARCHITECTURES[n].family == "deq"], indirect=True)
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if ARCHITECTURES[n].family in ("deq", "mdeq", "monotone")], indirect=True
+)
 def test_images_do_not_touch_each_other(name):
     model = create_model(name, in_chans=2, rtol=1e-5).eval()
     images = torch.randn(4, 2, SIDE, SIDE)
