@@ -31,6 +31,8 @@ class InterpolatedAdjoint(ContinuousAdjoint):
 
 
 class _Interpolated(ContinuousSolve):
+    recomputes = True
+
     def forward(self) -> tuple[Tensor, ...]:
         """Find the steps and keep the dense output of each."""
         self.path = _Path()

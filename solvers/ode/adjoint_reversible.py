@@ -66,6 +66,8 @@ class _Ends(Keeper):
 class _Reversed(Solve):
     """One solve."""
 
+    recomputes = True
+
     def __init__(self, task: Task, method: ReversibleMethod, knobs: ReversibleAdjoint) -> None:
         super().__init__(task)
         self.method, self.keeper = method, _Ends()

@@ -29,14 +29,18 @@ class Externals:
         retain: whether derivatives reach through graphs recorded before the evaluation, which must then be kept.
         evaluations: how many it took to find them.
         recorded: the derivative as the last of these found it; None once it is not needed any more.
+        constants: what the function closes over besides, see `constants`.
     """
 
     def __init__(self, evaluate: Callable[[], Tensor], field: Callable[..., Any], inputs: Iterable[Tensor]) -> None:
         """Record `evaluate()` and look through `field`; `inputs` are the leaves made for the evaluation itself."""
         mine = {_edge(tensor)[0] for tensor in inputs}
         found, self.evaluations = self._discover(evaluate, mine)
-        for tensor in reachable(field):
+        search = _Search()
+        search.visit(field, 0, False)
+        for tensor in search.found.values():
             found.setdefault(_edge(tensor), tensor)
+        self.constants = list(search.constants.values())
         self.tensors, self.retain = _independent(found)
         self._known = mine | {edge[0] for edge in map(_edge, self.tensors)}
 
@@ -109,17 +113,6 @@ def clock() -> int:
 _LEAF = type(torch.zeros((), requires_grad=True).view(()).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
 
 
-def reachable(field: Any) -> list[Tensor]:
-    """Tensors requiring a gradient that a callable holds, be it a module, a method, a closure or a partial.
-
-    What objects hold as attributes counts if it is a leaf. Other tensors there may be left over from earlier work, and
-    the graphs behind them be gone: see `computed_attributes`.
-    """
-    search = _Search()
-    search.visit(field, 0, False)
-    return list(search.found.values())
-
-
 def computed_attributes(field: Any) -> list[Tensor]:
     """Tensors requiring a gradient that objects within a callable hold as attributes, and that are no leaves."""
     search = _Search()
@@ -146,7 +139,7 @@ class _Search:
 
     Attributes:
         found: parameters, what functions close over, and leaves among attributes.
-        computed: the other attributes.
+        computed: the other attributes, which may be left over from earlier work, and the graphs behind them be gone.
         constants: no attributes, and no leaves that require a gradient.
     """
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..solution import Stats, Status
+from ..solution import SolverError, Stats, Status
 from ..transforms import autocast_to
 from .adjoint import Outcome, Task, taped
 from .externals import Externals
@@ -30,9 +31,13 @@ class Solve(abc.ABC):
         externals: finds and checks the latter.
         timed: whether derivatives with respect to the first or last time are wanted.
         leaf: the initial matrix from which `externals.recorded` was recorded.
+        unchanged: the tensors that the field uses and that no derivative is wanted of.
+        recomputes: whether the backward pass evaluates the field anew and would not notice other values.
         inputs: of the function: first and last time if wanted, y0, tensors of args, tensors closed over.
         run: what the driver found, once it has.
     """
+
+    recomputes = False
 
     def __init__(self, task: Task) -> None:
         problem = task.problem
@@ -46,6 +51,7 @@ class Solve(abc.ABC):
         with torch.enable_grad():
             y = problem.y0.detach().requires_grad_()
             self.externals = Externals(lambda: self.inner(start, y), problem.rhs.field, [y, *leaves])
+        self.unchanged = _Unchanged([*pytree.tree_leaves(problem.rhs.args), *self.externals.constants])
         self.leaf = y
         self.shared = [*leaves, *self.externals.tensors]
         self.ends = (task.start, task.end)
@@ -112,6 +118,33 @@ class Solve(abc.ABC):
         return (outcome.y,) if outcome.dense is None else (outcome.y, outcome.dense)
 
 
+class _Unchanged:
+    """Notices which of some tensors are changed in place."""
+
+    def __init__(self, things: Iterable[object]) -> None:
+        # A tensor of inference mode has no version, and cannot be changed outside of it.
+        tensors = (thing for thing in things if isinstance(thing, Tensor) and not thing.is_inference())
+        self._versions = [(tensor, tensor._version) for tensor in tensors]
+
+    def settle(self) -> None:
+        """The solve is over: what it has changed itself is its own affair."""
+        self._versions = [(tensor, version) for tensor, version in self._versions if tensor._version == version]
+
+    def check(self) -> None:
+        """Make sure that none was changed.
+
+        Raises:
+            SolverError: one was.
+        """
+        for tensor, version in self._versions:
+            if tensor._version != version:
+                raise SolverError(
+                    f"solve_ode: a tensor of shape {tuple(tensor.shape)} among args, or that the field closes over, "
+                    f"was changed in place between the solve and its backward pass, which evaluates the field again: "
+                    f"the gradient would be wrong. Change a copy of it."
+                )
+
+
 @dataclasses.dataclass
 class Cotangents:
     """Of a solve's inputs.
@@ -139,12 +172,16 @@ class _Function(torch.autograd.Function):
     def forward(ctx: Any, solve: Solve, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.solve = solve
         ctx.save_for_backward(*inputs)
-        return solve.forward()
+        results = solve.forward()
+        solve.unchanged.settle()
+        return results
 
     @staticmethod
     def backward(ctx: Any, *bars: Tensor) -> Any:
         # Unpacking raises where an input was changed in place since the solve.
         inputs, solve = ctx.saved_tensors, ctx.solve
+        if solve.recomputes or torch.is_grad_enabled():
+            solve.unchanged.check()
         with autocast_to(None, solve.problem.y0.device):
             if torch.is_grad_enabled():
                 return (None, *solve.recorded(bars, inputs))

@@ -99,6 +99,8 @@ def solved(problem: Problem, args: tuple[object, ...], keep: bool) -> CompiledSt
 class _CompiledSolve(Solve):
     """One solve that may be differentiated."""
 
+    recomputes = True
+
     def __init__(self, task: Task, eager: Adjoint) -> None:
         super().__init__(task)
         plain = isinstance(eager, CheckpointedTrajectory) and eager.knobs == CheckpointAdjoint()
