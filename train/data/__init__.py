@@ -2,6 +2,7 @@
 
 from .augment import Affine
 from .batches import Batches
+from .cifar10 import cifar10
 from .conllu import SentenceBatches, TaggedSet, TaggedSource, ud_english_ewt
 from .density import PlaneDensity, PointBatches, PointSource
 from .digits import digits
@@ -34,6 +35,7 @@ __all__ = [
     "TaggedSource",
     "TextBatches",
     "TextSource",
+    "cifar10",
     "digits",
     "image_folder",
     "load_data",
