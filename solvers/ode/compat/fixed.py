@@ -144,6 +144,8 @@ def recorded(rhs: Rhs, fixed: Fixed, grid: Tensor, y: Tensor, t: Tensor, hooks: 
     outputs, times = t.tolist(), grid.tolist()
     sign = math.copysign(1.0, outputs[-1] - outputs[0])
     rows = [y]
+    # As in torchdiffeq a straight line is not asked for at its end, and a cubic is: its value there moves with `t`.
+    cubic = len(fixed.tableau.interpolant) > 1
     for i, (start, end) in enumerate(itertools.pairwise(grid)):
         if times[i] == times[i + 1]:
             continue
@@ -151,7 +153,7 @@ def recorded(rhs: Rhs, fixed: Fixed, grid: Tensor, y: Tensor, t: Tensor, hooks: 
             hooks.step(times[i], y, abs(times[i + 1] - times[i]))
         step = _RecordedStep(rhs, fixed, start, end, y)
         while len(rows) < len(outputs) and (times[i + 1] - outputs[len(rows)]) * sign >= 0:
-            inside = len(rows) + 1 < len(outputs) and outputs[len(rows)] != times[i + 1]
+            inside = cubic or len(rows) + 1 < len(outputs) and outputs[len(rows)] != times[i + 1]
             rows.append(step.at(t[len(rows)]) if inside else step.last)
         y = step.last
     return rows

@@ -137,7 +137,7 @@ class Request:
         """The matrices at the output times (T, rows, n), and for an event its time, in float64; then T is 2."""
         if isinstance(self.stepping, Fixed) and self.event is None:
             grid = make_grid(self.stepping, *self.seen, self.t)
-            if self.stepping.perturb or grid.requires_grad or must_tape():
+            if self.stepping.perturb or grid.requires_grad or self.t.requires_grad or must_tape():
                 rhs = self.problem().rhs
                 return torch.stack(recorded(rhs, self.stepping, grid, self.y0, self.t, self.hooks)), None
         else:

@@ -62,6 +62,10 @@ def moved_grid(func, y0, t):
     return torch.cat([t[:1], t[:1] * 0.4 + t[-1:] * 0.6, t[-1:]])
 
 
+def constant_grid(func, y0, t):
+    return torch.linspace(float(t[0].detach()), float(t[-1].detach()), 15, dtype=t.dtype)
+
+
 @DIRECTIONS
 @pytest.mark.parametrize(
     "kwargs",
@@ -71,8 +75,10 @@ def moved_grid(func, y0, t):
         {"method": "euler", "options": {"perturb": True}},
         {"method": "heun3", "options": {"step_size": 0.07, "interp": "cubic"}},
         {"method": "heun2", "options": {"grid_constructor": moved_grid}},
+        {"method": "rk4", "options": {"step_size": 0.1, "interp": "cubic"}},
+        {"method": "rk4", "options": {"grid_constructor": constant_grid, "interp": "cubic"}},
     ],
-    ids=["rk4", "midpoint", "perturb", "cubic", "grid"],
+    ids=["rk4", "midpoint", "perturb", "cubic", "grid", "on the grid", "constant grid"],
 )
 def test_gradients_of_fixed_steps(kwargs, t):
     got = gradients(compat.odeint, Net(), t, **kwargs)
