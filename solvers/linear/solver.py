@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..options import options
+from ..options import check_integer, options
 from ..solution import Solution, Stats, Status
 from ..transforms import autocast_to, no_derivatives
 from .operator import LinearOperator
@@ -161,8 +161,7 @@ def check_tolerance(solver: object, name: str, value: float) -> None:
 
 def check_count(solver: object, name: str, value: object) -> None:
     """Raise ValueError unless `value` is an integer of at least one."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{type(solver).__name__}: {name} must be an integer of at least 1; got {value!r}.")
+    check_integer(f"{type(solver).__name__}: ", name, value)
 
 
 def _check(operator: LinearOperator, tensor: Tensor, name: str) -> None:
