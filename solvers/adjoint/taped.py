@@ -22,7 +22,8 @@ class UnrollAdjoint(Adjoint):
     """Exact derivatives of the iterates as they are, converged or not, recorded by autograd.
 
     The reference that the others are measured against, and the only one with a gradient towards the initial value.
-    Memory grows with the number of steps: `CheckpointAdjoint` has the same gradient for less.
+    Memory grows with the number of steps: `CheckpointAdjoint` has the same gradient for less. A sample that has
+    converged at the initial value takes no step, and its gradient towards anything else is zero; a warning says so.
 
     Source: Maclaurin, Duvenaud and Adams 2015, section 2; Domke 2012.
     """
