@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -168,7 +170,10 @@ class MultiscaleCell(nn.Module):
         own = [branch(z[i], x if i == 0 else None) for i, branch in enumerate(self.branches)]
         fused = []
         for like, layers, post in zip(own, self.fuse_layers, self.post_fuse_layers, strict=True):
-            total = sum(layer(state, like) for layer, state in zip(layers, own, strict=True))  # type: ignore[arg-type]
+            parts: list[Tensor] = [
+                layer(z_j, like) for layer, z_j in zip(cast(nn.ModuleList, layers), own, strict=True)
+            ]
+            total = functools.reduce(torch.add, parts)
             fused.append(post(total))
         return tuple(fused)
 

@@ -207,7 +207,8 @@ class MonotoneMultiTier(MonotoneClassifier):
 
     def read(self, state: tuple[Tensor, ...]) -> Iterator[Tensor]:
         """The tiers at the coarsest one's resolution, side by side."""
-        yield torch.cat([F.adaptive_avg_pool2d(tier, state[-1].shape[2:]) for tier in state], dim=1)
+        height, width = state[-1].shape[2:]
+        yield torch.cat([F.adaptive_avg_pool2d(tier, (height, width)) for tier in state], dim=1)
 
     def forward_head(self, features: Tensor | tuple[Tensor, ...], pre_logits: bool = False) -> Tensor:
         """Logits of features or of a rest point; with `pre_logits` the pooled features."""
