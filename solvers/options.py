@@ -107,11 +107,18 @@ def require(instance: object, base: type | tuple[type, ...], argument: str) -> N
     bases = base if isinstance(base, tuple) else (base,)
     # Only what is made to be chosen from: there are classes that serve others.
     known = {c for b in bases for c in _subclasses(b) | {b} if not getattr(c, "__abstractmethods__", None)}
-    choices = sorted(c.__name__ for c in known & _OPTIONS or known if not c.__name__.startswith("_"))
+    listed = {c for c in known & _OPTIONS if not _demands(c)} or known
+    choices = sorted(c.__name__ for c in listed if not c.__name__.startswith("_"))
     if isinstance(instance, type) and issubclass(instance, base):
         raise TypeError(f"{argument} must be an instance: write {argument}={instance.__name__}().")
     hint = suggest(instance, choices) if isinstance(instance, str) else ""
     raise TypeError(f"{argument} must be one of {', '.join(f'{c}()' for c in choices)}; got {instance!r}.{hint}")
+
+
+def _demands(cls: Any) -> bool:
+    """Whether an option class has options without a default."""
+    missing = dataclasses.MISSING
+    return any(f.init and f.default is missing and f.default_factory is missing for f in dataclasses.fields(cls))
 
 
 def _subclasses(base: type) -> set[type]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from typing import ClassVar
@@ -38,13 +39,17 @@ class ESDIRK(Method):
 
     newton: StageNewton = StageNewton()
 
-    tableau: ClassVar[Tableau]
     # Whether the error estimate is multiplied by (I - h gamma J)^-1, which keeps one that is not stiffly accurate from
     # growing with the stiffness.
     filtered: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(self.newton, StageNewton, "newton")
+
+    @property
+    @abc.abstractmethod
+    def tableau(self) -> Tableau:
+        """The coefficients, a class attribute of every method."""
 
     @property
     def order(self) -> int:

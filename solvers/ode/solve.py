@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..adjoint.shared import CheckpointAdjoint, ReversibleAdjoint
-from ..options import require, suggest
+from ..options import check_integer, require, suggest
 from ..solution import Stats, Status
 from ..transforms import autocast_to, not_compiled, plain
-from ..tree import StateSpec, flatten
+from ..tree import StateError, StateSpec, flatten
 from .adjoint import Adjoint, Outcome, Task
 from .adjoint_checkpoint import CheckpointedTrajectory
 from .adjoint_reversible import ReversibleTrajectory
@@ -98,9 +99,12 @@ def solve_ode(
     require(controller, Controller, "controller")
     way = resolve_adjoint(CheckpointAdjoint() if adjoint is None else adjoint)
     matrix, spec = flatten(y0, "y0", allow_complex=True)
+    if not matrix.shape[1]:
+        raise StateError(f"y0: the samples are empty (shape {_shapes(spec, len(matrix))}); nothing is to be solved.")
     if compile:
         way = _compiled(way)
-    _check_knobs(solver, controller, rtol, atol, max_steps, args)
+    max_steps = check_integer("", "max_steps", max_steps)
+    _check_knobs(solver, controller, rtol, atol, args)
     if controller.adaptive:
         _check_resolution(matrix, rtol, atol)
     problem = Problem(
@@ -115,6 +119,10 @@ def solve_ode(
         events=_listed(events),
     )
     return finish(problem, way, throw)
+
+
+def _shapes(spec: StateSpec, batch: int) -> str:
+    return ", ".join(str((batch, *leaf.shape)) for leaf in spec.leaves)
 
 
 def finish(problem: Problem, adjoint: Adjoint, throw: bool | str) -> ODESolution[Any]:
@@ -167,7 +175,8 @@ def resolve_adjoint(adjoint: Adjoint | CheckpointAdjoint | ReversibleAdjoint) ->
         return CheckpointedTrajectory(adjoint)
     if isinstance(adjoint, ReversibleAdjoint):
         return ReversibleTrajectory(adjoint)
-    require(adjoint, Adjoint, "adjoint")
+    require(adjoint, (Adjoint, CheckpointAdjoint, ReversibleAdjoint), "adjoint")
+    assert isinstance(adjoint, Adjoint)
     return adjoint
 
 
@@ -182,10 +191,17 @@ def controlled_columns(spec: StateSpec, quadrature: Sequence[int | str]) -> Tens
     """The matrix's columns outside of the state's parts named in `quadrature`; None for all.
 
     Raises:
+        TypeError: no sequence of names.
         ValueError: a name that the state does not have, or no part left to control.
     """
+    if isinstance(quadrature, str) or not isinstance(quadrature, Sequence):
+        raise TypeError(
+            f"quadrature must be a sequence of keys or indices such as ({quadrature!r},); got {quadrature!r}."
+        )
     if not quadrature:
         return None
+    if spec.single:
+        raise ValueError(f"quadrature: the state has no part [{quadrature[0]!r}]; it is one tensor.")
     roots = {leaf.path.split("]")[0] + "]" for leaf in spec.leaves}
     names = {f"[{key!r}]" for key in quadrature}
     unknown = sorted(names - roots)
@@ -205,13 +221,12 @@ def controlled_columns(spec: StateSpec, quadrature: Sequence[int | str]) -> Tens
     return torch.tensor(keep, device=spec.device)
 
 
-def _check_knobs(
-    solver: Method, controller: Controller, rtol: float, atol: float, max_steps: int, args: object
-) -> None:
+def _check_knobs(solver: Method, controller: Controller, rtol: float, atol: float, args: object) -> None:
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if not isinstance(value, (numbers.Real, Tensor)):
+            raise TypeError(f"{name} must be a number; got {value!r}.")
     if not (0 <= rtol < math.inf and 0 <= atol < math.inf and rtol + atol > 0):
         raise ValueError(f"rtol and atol must not be negative, nor both zero; got rtol={rtol}, atol={atol}.")
-    if max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1; got {max_steps}.")
     if not isinstance(args, tuple):
         raise TypeError(f"args must be a tuple of the field's further arguments; got {type(args).__name__}.")
     if controller.adaptive and solver.error_order is None:
@@ -236,6 +251,9 @@ def _check_resolution(y0: Tensor, rtol: float, atol: float) -> None:
 
 
 def _listed(events: Event | Sequence[Event] | None) -> tuple[Event, ...]:
+    if events is not None and not isinstance(events, (Event, Sequence)):
+        hint = f" Wrap the condition: Event({getattr(events, '__name__', 'condition')})." if callable(events) else ""
+        raise TypeError(f"events must be an Event or a sequence of them; got {events!r}.{hint}")
     listed = () if events is None else (events,) if isinstance(events, Event) else tuple(events)
     for event in listed:
         require(event, Event, "events")

@@ -153,7 +153,7 @@ def recorded(rhs: Rhs, fixed: Fixed, grid: Tensor, y: Tensor, t: Tensor, hooks: 
             hooks.step(times[i], y, abs(times[i + 1] - times[i]))
         step = _RecordedStep(rhs, fixed, start, end, y)
         while len(rows) < len(outputs) and (times[i + 1] - outputs[len(rows)]) * sign >= 0:
-            inside = cubic or len(rows) + 1 < len(outputs) and outputs[len(rows)] != times[i + 1]
+            inside = cubic or (len(rows) + 1 < len(outputs) and outputs[len(rows)] != times[i + 1])
             rows.append(step.at(t[len(rows)]) if inside else step.last)
         y = step.last
     return rows

@@ -344,7 +344,8 @@ class TestKnobs:
             ({"rtol": -1e-3}, "must not be negative"),
             ({"atol": math.inf}, "rtol and atol"),
             ({"rtol": math.nan}, "rtol and atol"),
-            ({"max_steps": 0}, "max_steps must be at least 1"),
+            ({"max_steps": 0}, "max_steps must be an integer of at least 1"),
+            ({"max_steps": 2.5}, "max_steps must be an integer of at least 1; got 2.5"),
             ({"solver": RK4()}, "RK4 has no error estimate .*controller=ConstantController"),
             ({"throw": "maybe"}, "throw must be True, False or 'warn'"),
             ({"quadrature": ("x",)}, r"quadrature: the state has no part \['x'\]"),
@@ -353,6 +354,10 @@ class TestKnobs:
     def test_values(self, options, message):
         with pytest.raises(ValueError, match=message):
             solve((0.0, 1.0), **options)
+
+    def test_a_state_without_numbers(self):
+        with pytest.raises(StateError, match=r"samples are empty \(shape \(2, 0\)\)"):
+            solve((0.0, 1.0), torch.ones(2, 0))
 
     def test_a_quadrature_that_is_misspelt(self):
         y0 = {"position": torch.ones(2, 1), "energy": torch.ones(2)}
@@ -371,6 +376,11 @@ class TestKnobs:
         [
             ({"solver": "tsit5"}, r"solver must be one of .*Did you mean 'Tsit5'"),
             ({"solver": Dopri5}, r"write solver=Dopri5\(\)"),
+            ({"solver": "tsit5"}, r"Dopri8\(\), Euler\(\), Heun\(\), ImplicitEuler\(\), Kvaerno3"),
+            ({"rtol": "x"}, "rtol must be a number; got 'x'"),
+            ({"atol": None}, "atol must be a number; got None"),
+            ({"events": decay}, r"events must be an Event .*Event\(decay\)"),
+            ({"quadrature": "loss"}, r"quadrature must be a sequence .*\('loss',\)"),
             ({"controller": "pid"}, "controller must be one of"),
             ({"adjoint": "backsolve"}, r"adjoint must be one of .*Did you mean 'BacksolveAdjoint'"),
             ({"args": [1.0]}, "args must be a tuple"),
