@@ -98,7 +98,7 @@ class ESDIRK(Method):
         assert tableau.error is not None
         error = weighted(stages, tableau.error, 1.0)
         if self.filtered:
-            error = system.solve(error)
+            error = torch.where(error.isfinite().all(1, keepdim=True), system.solve(error), error)
         return Step(solution, error, carry, linearisation, equations.failed, stages)
 
     def _record(self, rhs: Rhs, t: Time, y: Tensor, h: Time, first: Tensor, found: Step) -> Step:

@@ -132,6 +132,7 @@ class Stages:
         Samples stop one by one, so that a sample's result does not depend on the others'.
         """
         going, before, kappa = ~self.failed, None, self._newton.kappa
+        begun = going
         for _ in range(self._newton.max_steps):
             rate = self._rhs(t, torch.add(base, z, alpha=self._gamma))
             if isinstance(self._h, float):
@@ -140,7 +141,6 @@ class Stages:
                 excess = z - self._h * rate
             change = self._system.solve(excess)
             size = torch.linalg.vector_norm(change * self._weight, dim=1)
-            z = torch.where(going.unsqueeze(1), z - change, z)
             if before is not None:
                 self._rate = torch.where(going, size / before, self._rate)
             # What is left is the sum of the changes to come, if they go on to fall at this rate.
@@ -148,9 +148,14 @@ class Stages:
             lost = ~(size < math.inf) if before is None else ~(size <= _DIVERGING * before)
             lost = going & lost & ~done
             self.failed = self.failed | lost
+            z = torch.where((going & ~lost).unsqueeze(1), z - change, z)
             going = going & ~done & ~lost
             before = size
             if not any_true(going):
-                return z
+                break
         self.failed = self.failed | going
-        return z
+        if not any_true(self.failed):
+            return z
+        # The linear solve spreads what is not finite to all components; the error is to name the one it came from.
+        last = torch.where(excess.isfinite().all(1, keepdim=True), change, excess)
+        return torch.where((begun & self.failed & ~going).unsqueeze(1), z - last, z)

@@ -15,6 +15,7 @@ from restpoint.solvers.ode import (
     CheckpointAdjoint,
     ConstantController,
     Dopri5,
+    ImplicitEuler,
     InterpolatedAdjoint,
     Kvaerno3,
     Kvaerno5,
@@ -332,6 +333,18 @@ class TestMaxSteps:
         solution = solve((0.0, 5.0), y0, lambda t, y: torch.sin(3 * y), adjoint=adjoint, rtol=1e-8, atol=1e-8)
         with pytest.raises(SolverError, match=r"used up max_steps"):
             solution.value[-1].sum().backward()
+
+
+@PER_SAMPLE
+@pytest.mark.parametrize("solver", [Tsit5(), Kvaerno3(), Kvaerno5(), ImplicitEuler()], ids=repr)
+def test_the_component_that_breaks_is_named(solver, per_sample):
+    def field(t, y):
+        here = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
+        return torch.where(here & (t.reshape(-1, 1) > 0.5), math.nan, -y)
+
+    controller = PIDController(per_sample=per_sample)
+    with pytest.raises(SolverError, match=r"Sample 1 met a NaN .* in y\[2\]"):
+        solve_ode(field, torch.ones(3, 4), (0.0, 1.0), solver=solver, controller=controller, rtol=1e-3, atol=1e-3)
 
 
 class TestKnobs:
