@@ -28,7 +28,7 @@ class Event:
 
     An event is noticed where the signs at the two ends of an accepted step differ; pairs of changes within one step
     cancel, against which a `max_step` of the controller helps. A condition that is zero at the start does not count
-    until it has left zero.
+    until it has left zero; one that is zero at the last time does, if it is computed as zero there: rounding decides.
 
     Attributes:
         condition: a function of (t, y, *args) with one real number per sample (batch,); t is (batch,).
