@@ -114,7 +114,7 @@ class _Replayed(Problem):
 
     walk: _Walk = dataclasses.field(kw_only=True)
 
-    def evaluate(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(self, z: Tensor, room: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `Problem.evaluate`, recorded without activations."""
         entry = _Entry(self.walk, len(self.walk.moved), z, z.requires_grad)
         # Recomputing to the very end yields the image, which the reconstruction needs anyway.

@@ -102,6 +102,10 @@ class Anderson(FixedPointSolver):
         """An empty history."""
         return History(Ring(self.memory), Ring(self.memory), steps=Ring(self.memory) if self.kind == "I" else None)
 
+    def room(self, memory: History, z: Tensor) -> Tensor | None:
+        """The slot of the oldest residual."""
+        return memory.residuals.room(z)
+
     def forget(self, memory: History, rows: Tensor) -> History:
         """Without the iterates of `rows`: one whose residual was zero would be chosen for good."""
         if memory.gram is None:

@@ -108,8 +108,8 @@ def start(z: Tensor, memory: Any, trajectory: bool = False) -> Carry:
 def advance(problem: Problem, solver: FixedPointSolver, budget: Budget, carry: Carry, measured: bool = False) -> Carry:
     """One evaluation, its bookkeeping, and the method's next iterate; `measured` keeps what was evaluated."""
     z = carry.z
-    image, residual = problem.evaluate(z)
     count, active, recording = carry.count + 1, carry.active, torch.is_grad_enabled()
+    image, residual = problem.evaluate(z, solver.room(carry.memory, z))
     with torch.no_grad():
         norm, scale, floor = _measure(problem, z, image, residual, carry, norms)
         going, improved, moved = _judge(budget, carry, norm, scale)

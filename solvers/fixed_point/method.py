@@ -69,6 +69,10 @@ class FixedPointSolver(abc.ABC):
         """Rows (rows,) for which `propose` would shorten the last step if it led to a NaN; None for no row."""
         return None
 
+    def room(self, memory: Any, z: Tensor) -> Tensor | None:
+        """Where the residual at `z` may be written, which saves a copy of it; None for nowhere."""
+        return None
+
     def forget(self, memory: Any, rows: Tensor) -> Any:
         """The memory without the residuals of `rows` (rows,), whose function is not what it was when they were met."""
         return memory

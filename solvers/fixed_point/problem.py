@@ -67,12 +67,12 @@ class Problem:
             )
         return out
 
-    def evaluate(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The Picard image z + r and the residual r."""
+    def evaluate(self, z: Tensor, room: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The Picard image z + r and the residual r, which is written to `room` where that is given."""
         out = self.output(z)
         if self.root:
             return z - out, -out
-        return out, out - z
+        return out, out - z if room is None else torch.sub(out, z, out=room)
 
     def residual(self, z: Tensor) -> Tensor:
         """r(z)."""

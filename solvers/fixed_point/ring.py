@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..transforms import inside_transform
+from ..transforms import inside_transform, recording_tangents
 
 
 class Ring:
@@ -31,6 +31,13 @@ class Ring:
         """Where the next one goes."""
         return self.count % self.capacity
 
+    def room(self, like: Tensor) -> Tensor | None:
+        """The slot where the next one goes, to be written and then `put`; None where there is no such place yet."""
+        # An operation that writes where it is told to has no forward-mode derivative.
+        if self.buffer is None or self.buffer.dtype != like.dtype or not _in_place(like) or recording_tangents():
+            return None
+        return self.buffer[self.slot]
+
     def put(self, row: Tensor) -> Ring:
         """The ring with `row` (rows, n) in place of the oldest."""
         if self.rows or not _in_place(row):
@@ -39,7 +46,9 @@ class Ring:
             rows = (*rows[: self.slot], row, *rows[self.slot + 1 :])
             return Ring(self.capacity, None, rows, self.count + 1)
         buffer = row.new_empty(self.capacity, *row.shape) if self.buffer is None else self.buffer
-        buffer[self.slot].copy_(row)
+        place = buffer[self.slot]
+        if place.data_ptr() != row.data_ptr():
+            place.copy_(row)
         return Ring(self.capacity, buffer, (), self.count + 1)
 
     def dots(self, v: Tensor) -> Tensor:
