@@ -60,7 +60,8 @@ def test_the_parts_of_all_processes_are_the_batch_of_one():
         assert torch.cat([piece[1] for piece in pieces]).equal(labels)
 
 
-@pytest.mark.slow
+# Not in the suite: in about one run of eight a process is aborted by a thread of torch's when all is done and it ends.
+@pytest.mark.exhaustive
 def test_two_processes_are_one_and_go_on_where_the_other_stopped(tmp_path, caplog):
     config = module().config
     train(config(tmp_path / "one"))
