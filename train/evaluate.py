@@ -12,7 +12,10 @@ from ..zoo.factory import Blueprint
 from .data import Batches, DataError, FolderSource, Source, load_data
 from .tasks import (
     DensityEstimation,
+    DependencyParsing,
+    EntityRecognition,
     ImageClassification,
+    ImageDensity,
     LanguageModelling,
     SequenceTagging,
     SeriesClassification,
@@ -24,6 +27,8 @@ TASKS: dict[str, Task] = {
     task.kind: task
     for task in (
         ImageClassification(), DensityEstimation(), SequenceTagging(), LanguageModelling(), SeriesClassification(),
+        ImageDensity(),
+        DependencyParsing(), EntityRecognition(),
     )
 }  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ...solvers.inference import LinearChain, checks
@@ -19,6 +19,8 @@ class CRF(nn.Module):
         num_tags: how many tags there are.
         device: of the parameters.
         dtype: of the parameters.
+        allowed: which tag may follow which, (tags, tags), or (tags + 1, tags) with a last row of those that a sequence
+            may start with; None for all.
 
     Attributes:
         transitions: score of tag j after tag i, (tags, tags).
@@ -26,13 +28,21 @@ class CRF(nn.Module):
         end: score of every tag at the last position, (tags,).
 
     Raises:
-        ValueError: there is no tag.
+        ValueError: there is no tag; `allowed` has another shape, or is not boolean.
 
     Source: Lafferty, McCallum and Pereira 2001; as the last layer of a network: Collobert et al. 2011, section 3.3.2.
     """
 
+    forbidden: Tensor | None
+    forbidden_start: Tensor | None
+
     def __init__(
-        self, num_tags: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        num_tags: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        allowed: Bool[Tensor, "..."] | None = None,
     ) -> None:
         super().__init__()
         if num_tags < 1:
@@ -41,6 +51,10 @@ class CRF(nn.Module):
         self.transitions = nn.Parameter(torch.empty(num_tags, num_tags, device=device, dtype=dtype))
         self.start = nn.Parameter(torch.empty(num_tags, device=device, dtype=dtype))
         self.end = nn.Parameter(torch.empty(num_tags, device=device, dtype=dtype))
+        rules = (None, None) if allowed is None else self._rules(allowed.to(device))
+        # What a model is built with, and no weights.
+        for name, rule in zip(("forbidden", "forbidden_start"), rules, strict=True):
+            self.register_buffer(name, rule, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -59,7 +73,7 @@ class CRF(nn.Module):
             ValueError: shapes that do not fit; a length of zero or beyond the emissions.
         """
         unary, _ = self._bounded(emissions, lengths)
-        return LinearChain(self.transitions, unary, lengths)
+        return LinearChain(self._moves(), unary, lengths)
 
     def forward(
         self,
@@ -91,9 +105,10 @@ class CRF(nn.Module):
             )
         tags = tags.masked_fill(~inside, 0)
         own = unary.gather(2, tags.unsqueeze(2)).squeeze(2)
-        moves = self.transitions[tags[:, :-1], tags[:, 1:]]
+        transitions = self._moves()
+        moves = transitions[tags[:, :-1], tags[:, 1:]]
         score = torch.where(inside, own, 0.0).sum(1) + torch.where(inside[:, 1:], moves, 0.0).sum(1)
-        return score - LinearChain(self.transitions, unary, lengths).log_partition
+        return score - LinearChain(transitions, unary, lengths).log_partition
 
     def decode(
         self, emissions: Float[Tensor, "..."], lengths: Int[Tensor, "..."] | None = None
@@ -119,6 +134,21 @@ class CRF(nn.Module):
         """The options, for repr()."""
         return f"num_tags={self.num_tags}"
 
+    def _rules(self, allowed: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Moves and starts that there are not."""
+        n = self.num_tags
+        if allowed.dtype != torch.bool or tuple(allowed.shape) not in ((n, n), (n + 1, n)):
+            raise ValueError(
+                f"CRF: expected allowed of shape {(n, n)} or {(n + 1, n)}, boolean; got {tuple(allowed.shape)}, "
+                f"{allowed.dtype}."
+            )
+        return ~allowed[:n], ~allowed[n] if len(allowed) > n else None
+
+    def _moves(self) -> Tensor:
+        if self.forbidden is None:
+            return self.transitions
+        return self.transitions.masked_fill(self.forbidden, -torch.inf)
+
     def _bounded(self, emissions: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """Emissions with the scores of how a sequence starts and ends, and which positions there are."""
         if emissions.ndim != 3 or emissions.shape[2] != self.num_tags or 0 in emissions.shape:
@@ -131,5 +161,6 @@ class CRF(nn.Module):
             ends = torch.full((batch,), length, device=emissions.device)
         position = torch.arange(length, device=emissions.device)
         first, last = (position == 0).unsqueeze(1), (position == ends.unsqueeze(1) - 1).unsqueeze(2)
-        unary = emissions + torch.where(first, self.start, 0.0) + torch.where(last, self.end, 0.0)
+        start = self.start if self.forbidden_start is None else self.start.masked_fill(self.forbidden_start, -torch.inf)
+        unary = emissions + torch.where(first, start, 0.0) + torch.where(last, self.end, 0.0)
         return unary, position < ends.unsqueeze(1)

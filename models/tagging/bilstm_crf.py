@@ -8,22 +8,22 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ...solvers.inference import LinearChain
 from ..attention.crf import CRF
 from ..registry import register_model
-from .words import Vocabulary, WordCharacters, encode_words, tokenize, word_lengths
+from .encoder import SentenceEncoder
+from .entities import bio_moves
+from .words import encode_words, tokenize, word_lengths
 
 
-class BiLSTMCRF(nn.Module):
+class BiLSTMCRF(SentenceEncoder):
     """A bidirectional LSTM over words, whose tags are those of a `CRF`.
-
-    A word is what `encode_words` makes of it, and is seen in two ways: as one of a vocabulary, which `fit` fills, and
-    as a string of bytes.
 
     Args:
         num_tags: how many tags there are.
+        bio: tags say where names begin: 0 is outside of any, 2 k + 1 begins one of kind k, and 2 k + 2 goes on with it
+            and can follow these two alone.
         vocabulary: words that can have a vector of their own.
         word_dim: of these vectors.
         byte_dim: of the bytes' vectors.
@@ -34,13 +34,17 @@ class BiLSTMCRF(nn.Module):
         dropout: of words' vectors, and of what each LSTM returns; the same entries are dropped all over a sentence.
         word_dropout: share of the words that are taken for unknown ones in training.
 
-    Source: Huang, Xu and Yu 2015; Ma and Hovy 2016; the dropout: Gal and Ghahramani 2016.
+    Raises:
+        ValueError: with `bio`, a number of tags that is not odd.
+
+    Source: Huang, Xu and Yu 2015; Ma and Hovy 2016.
     """
 
     def __init__(
         self,
         *,
         num_tags: int = 17,
+        bio: bool = False,
         vocabulary: int = 8192,
         word_dim: int = 64,
         byte_dim: int = 32,
@@ -51,26 +55,13 @@ class BiLSTMCRF(nn.Module):
         dropout: float = 0.4,
         word_dropout: float = 0.15,
     ) -> None:
-        super().__init__()
-        self.num_tags, self.dropout = num_tags, dropout
-        self.vocabulary = Vocabulary(vocabulary, word_dim, word_dropout)
-        self.characters = WordCharacters(byte_dim, filters, widths)
-        sizes = [word_dim + self.characters.dim] + [2 * hidden] * layers
-        self.lstms = nn.ModuleList(
-            nn.LSTM(size, hidden, batch_first=True, bidirectional=True) for size in sizes[:layers]
-        )
-        for lstm in self.lstms:
-            for name, parameter in lstm.named_parameters():
-                if name.startswith("weight_hh"):
-                    for gate in parameter.data.chunk(4):
-                        nn.init.orthogonal_(gate)
-        self.emissions = nn.Linear(sizes[-1], num_tags)
-        self.crf = CRF(num_tags)
-
-    def fit(self, words: UInt8[Tensor, "tokens width"]) -> None:
-        """Fill the vocabulary with the words of a corpus; one that is filled is left as it is."""
-        if not self.vocabulary.fitted:
-            self.vocabulary.fit(words)
+        super().__init__(
+            vocabulary=vocabulary, word_dim=word_dim, byte_dim=byte_dim, filters=filters, widths=widths, hidden=hidden,
+            layers=layers, dropout=dropout, word_dropout=word_dropout,
+        )  # fmt: skip
+        self.num_tags, self.bio = num_tags, bio
+        self.emissions = nn.Linear(self.features, num_tags)
+        self.crf = CRF(num_tags, allowed=bio_moves(num_tags) if bio else None)
 
     def forward(self, words: UInt8[Tensor, "..."]) -> Float[Tensor, "batch length tags"]:
         """Scores of every tag at every position of what `encode_words` made; beyond a sentence they mean nothing.
@@ -78,25 +69,7 @@ class BiLSTMCRF(nn.Module):
         Raises:
             ValueError: not what `encode_words` returns, or a sentence without words.
         """
-        if words.ndim != 3 or words.dtype != torch.uint8:
-            raise ValueError(
-                f"BiLSTMCRF: expected bytes of shape (batch, length, width), got {words.dtype} {tuple(words.shape)}."
-            )
-        lengths = word_lengths(words)
-        if bool((lengths == 0).any()):
-            raise ValueError(f"BiLSTMCRF: sentence {int((lengths == 0).nonzero()[0])} has no words.")
-        inside = words[..., 0] != 0
-        # Words are spelt the same wherever they stand.
-        tokens, which = words[inside].unique(dim=0, return_inverse=True)
-        spelt = words.new_zeros(*words.shape[:2], self.characters.dim, dtype=self.emissions.weight.dtype)
-        spelt = spelt.masked_scatter(inside.unsqueeze(2), self.characters(tokens)[which])
-        x = self._dropped(torch.cat([self.vocabulary(words), spelt], 2))
-        ends = lengths.cpu()
-        for lstm in self.lstms:
-            packed = pack_padded_sequence(x, ends, batch_first=True, enforce_sorted=False)
-            x, _ = pad_packed_sequence(lstm(packed)[0], batch_first=True, total_length=words.shape[1])
-            x = self._dropped(x)
-        return self.emissions(x)
+        return self.emissions(self.encode(words))
 
     def distribution(self, words: UInt8[Tensor, "batch length width"]) -> LinearChain:
         """Of the tags of these sentences."""
@@ -133,14 +106,14 @@ class BiLSTMCRF(nn.Module):
             (words, tags[i, : len(words)].tolist(), sure[i, : len(words)].tolist()) for i, words in enumerate(split)
         ]
 
-    def _dropped(self, x: Tensor) -> Tensor:
-        if not self.training or self.dropout == 0:
-            return x
-        keep = 1 - self.dropout
-        return x * x.new_empty(len(x), 1, x.shape[2]).bernoulli_(keep).div_(keep)
-
 
 @register_model(family="bilstm_crf", task="tagging", accepts=BiLSTMCRF)
 def bilstm_crf_small(**arguments: Any) -> BiLSTMCRF:
     """A part-of-speech tagger: words and bytes, two bidirectional LSTMs of 160 units, a CRF."""
     return BiLSTMCRF(**arguments)
+
+
+@register_model(family="bilstm_crf", task="entity-recognition", accepts=BiLSTMCRF)
+def bilstm_crf_entities(**arguments: Any) -> BiLSTMCRF:
+    """A finder of names and their kinds: words and bytes, a bidirectional LSTM, a CRF of well-formed tags alone."""
+    return BiLSTMCRF(**{"num_tags": 13, "bio": True, "layers": 1, "dropout": 0.5, "word_dropout": 0.25, **arguments})

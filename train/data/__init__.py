@@ -10,8 +10,11 @@ from .folder import FolderBatches, FolderSource, image_folder
 from .mix import MixedBatches
 from .mnist import mnist
 from .physionet import Series, SeriesBatches, SeriesSource, physionet2012
+from .pixels import PixelBatches, PixelSource
 from .source import DATASETS, AnySource, DataError, ImageSet, Source, load_data, register_data
 from .text import TextBatches, TextSource, text_file, tinyshakespeare
+from .trees import ParsedSource, ud_english_ewt_trees
+from .wnut17 import wnut17
 
 __all__ = [
     "DATASETS",
@@ -23,6 +26,9 @@ __all__ = [
     "FolderSource",
     "ImageSet",
     "MixedBatches",
+    "ParsedSource",
+    "PixelBatches",
+    "PixelSource",
     "PlaneDensity",
     "PointBatches",
     "PointSource",
@@ -45,4 +51,6 @@ __all__ = [
     "text_file",
     "tinyshakespeare",
     "ud_english_ewt",
+    "ud_english_ewt_trees",
+    "wnut17",
 ]

@@ -25,7 +25,7 @@ COLUMNS = 10
 # Batches that sentences are sorted by length within, so that those of a batch are about equally long.
 POOL = 40
 
-Sentences = tuple[UInt8[Tensor, "batch length width"], Int[Tensor, "batch length"]]
+Sentences = tuple[UInt8[Tensor, "batch length width"], Int[Tensor, "batch length *pair"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TaggedSet:
 
     Attributes:
         words: of each sentence (length, width), bytes as `encode_words` has them.
-        tags: of each sentence (length,), integers.
+        tags: of each sentence (length,), integers; or (length, 2), the head and the relation of each word.
     """
 
     words: tuple[Tensor, ...]
@@ -167,8 +167,8 @@ class TaggedSource:
         return SentenceBatches(self.test.take(slice(limit)), batch_size, device=device)
 
 
-def read_conllu(path: Path) -> list[list[tuple[str, str]]]:
-    """The words of each sentence with their universal parts of speech.
+def read_conllu(path: Path) -> list[list[list[str]]]:
+    """The words of each sentence, each as the ten columns of its line.
 
     Lines that stand for several words written as one, and for words that are left out, are passed over: what they
     consist of has lines of its own.
@@ -180,7 +180,7 @@ def read_conllu(path: Path) -> list[list[tuple[str, str]]]:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}.") from error
-    sentences: list[list[tuple[str, str]]] = [[]]
+    sentences: list[list[list[str]]] = [[]]
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             if sentences[-1]:
@@ -195,11 +195,23 @@ def read_conllu(path: Path) -> list[list[tuple[str, str]]]:
             continue
         if columns[3] not in UPOS or not columns[1]:
             raise DataError(f"{path}, line {number}: {columns[3]!r} is no universal part of speech of {columns[1]!r}.")
-        sentences[-1].append((columns[1], columns[3]))
+        sentences[-1].append(columns)
     found = [sentence for sentence in sentences if sentence]
     if not found:
         raise DataError(f"{path} holds no sentence.")
     return found
+
+
+def read_ewt(name: str, data_dir: Path | None) -> dict[str, list[list[list[str]]]]:
+    """The sentences of the English Web Treebank's parts "train", "dev" and "test", for the data set `name`.
+
+    Raises:
+        DataError: no folder was given; a file is missing or damaged.
+    """
+    files = {part: f"en_ewt-ud-{part}.conllu" for part in ("train", "dev", "test")}
+    if data_dir is None:
+        raise DataError(f"{name}: give the folder that holds {', '.join(files.values())} (--data-dir).")
+    return {part: read_conllu(data_dir / file) for part, file in files.items()}
 
 
 @register_data
@@ -213,10 +225,7 @@ def ud_english_ewt(data_dir: Path | None = None) -> TaggedSource:
     Raises:
         DataError: no folder was given; a file is missing or damaged.
     """
-    files = {part: f"en_ewt-ud-{part}.conllu" for part in ("train", "dev", "test")}
-    if data_dir is None:
-        raise DataError(f"ud_english_ewt: give the folder that holds {', '.join(files.values())} (--data-dir).")
-    sets = {part: _tagged(read_conllu(data_dir / file)) for part, file in files.items()}
+    sets = {part: _tagged(sentences) for part, sentences in read_ewt("ud_english_ewt", data_dir).items()}
     counts = " / ".join(f"{len(part):,}" for part in sets.values())
     return TaggedSource(
         name="ud_english_ewt",
@@ -228,9 +237,9 @@ def ud_english_ewt(data_dir: Path | None = None) -> TaggedSource:
     )
 
 
-def _tagged(sentences: list[list[tuple[str, str]]]) -> TaggedSet:
+def _tagged(sentences: list[list[list[str]]]) -> TaggedSet:
     code = {tag: i for i, tag in enumerate(UPOS)}
     return TaggedSet(
-        tuple(encode_words([[word for word, _ in sentence]])[0] for sentence in sentences),
-        tuple(torch.tensor([code[tag] for _, tag in sentence]) for sentence in sentences),
+        tuple(encode_words([[columns[1] for columns in sentence]])[0] for sentence in sentences),
+        tuple(torch.tensor([code[columns[3]] for columns in sentence]) for sentence in sentences),
     )

@@ -2,14 +2,20 @@
 
 from .classification import ImageClassification
 from .density import DensityEstimation
+from .entities import EntityRecognition
+from .image_density import ImageDensity
 from .language import LanguageModelling
+from .parsing import DependencyParsing
 from .series import SeriesClassification
 from .tagging import SequenceTagging
 from .task import Outcome, Task
 
 __all__ = [
     "DensityEstimation",
+    "DependencyParsing",
+    "EntityRecognition",
     "ImageClassification",
+    "ImageDensity",
     "LanguageModelling",
     "Outcome",
     "SequenceTagging",

@@ -33,7 +33,7 @@ class SequenceTagging(Task):
         """Negative log-likelihood in nats a word."""
         words, tags = batch
         log_likelihood = model.log_likelihood(words, tags)  # type: ignore[operator]
-        loss = -log_likelihood.sum() / (tags >= 0).sum()
+        loss = -log_likelihood.sum() / (words[..., 0] != 0).sum()
         return Outcome(loss, {"nll": float(loss.detach())})
 
     def evaluate(self, model: nn.Module, batches: Iterable[Sentences]) -> dict[str, float]:
