@@ -157,7 +157,11 @@ def flow(size: int, width: int, batch: int, exact: bool) -> Problem:
 
 
 def van_der_pol(end: float = 20.0) -> Problem:
-    """Oscillators from harmless to rather stiff in one batch."""
+    """Oscillators from harmless to rather stiff in one batch.
+
+    The state is wanted at the end alone. On the flank of an oscillation, which any time between may lie on, an error
+    of phase is multiplied by the speed there, and its size is luck.
+    """
     mu = torch.linspace(1, 50, 64, dtype=torch.float64).requires_grad_()
 
     def field(t: Tensor, y: Tensor, mu: Tensor) -> Tensor:
@@ -174,12 +178,12 @@ def van_der_pol(end: float = 20.0) -> Problem:
         name="d",
         title="van der Pol, mu 1 to 50 across 64 samples, float64",
         y0=torch.tensor([[2.0, 0.0]], dtype=torch.float64).repeat(64, 1),
-        t=torch.linspace(0, end, 50, dtype=torch.float64),
+        t=torch.tensor([0.0, end], dtype=torch.float64),
         params=(mu,),
         field=field,
         jax_field=jax_field,
         rtol=1e-6,
-        atol=1e-8,
+        atol=1e-6,
     )
 
 

@@ -59,19 +59,15 @@ class ExplicitRungeKutta(Method):
         return self._fast_step(rhs, t, y, h, carry[0], memory or Workspace(self.tableau, y))
 
     def _fast_step(self, rhs: Rhs, t: Time, y: Tensor, h: Time, first: Tensor, space: Workspace) -> Step:
-        tableau, combine, put = self.tableau, space.combine, space.put
+        tableau = self.tableau
         space.start(t, y, h)
-        put(0, first)
-        for i in range(1, tableau.stages):
-            solution = combine(i)
-            stage = rhs(space.time(i), solution)
-            put(i, stage)
+        solution, stage = space.evaluate(rhs, first, tableau.stages)
         carry: Carry = ()
         if tableau.fsal:
             # The field may write its next result over it.
             carry = (stage.clone(),)
         else:
-            solution = combine(tableau.end)
+            solution = space.combine(tableau.end)
         return Step(solution, space.error(), carry, space, stages=space)
 
     def _recorded_step(self, rhs: Rhs, t: Time, y: Tensor, h: Time, first: Tensor) -> Step:
@@ -145,7 +141,7 @@ class Workspace:
         self._t: Time = 0.0
         self._h = 0.0
         self._scale: Time | None = None
-        self._times: tuple[Tensor, ...] = ()
+        self._times: Sequence[Time] = ()
         self._weights = [y.new_tensor(row[:i]) for i, row in enumerate(tableau.rows)]
         self._error = None if tableau.error is None else y.new_tensor(tableau.error)
         self._interpolant = y.new_tensor(tableau.interpolant)
@@ -164,13 +160,33 @@ class Workspace:
         self._y, self._t = y.flatten(), t
         if isinstance(h, float):
             self._h, self._scale = h, None
+            self._times = [t + c * h for c in self._c]
         else:
             self._h, self._scale = 1.0, column(h, y)
             self._times = (t + self._nodes * h).unbind(0)
 
     def time(self, i: int) -> Time:
         """When stage i is evaluated."""
-        return self._t + self._c[i] * self._h if self._scale is None else self._times[i]
+        return self._times[i]
+
+    def evaluate(self, rhs: Rhs, first: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Evaluate and keep stages 1 to `count` - 1 after the `first`; the last one and its argument."""
+        self.put(0, first)
+        argument, stage = self._y, first
+        if self._scale is None:
+            # The other branch without its calls, which cost as much as a small field.
+            y, h, like, addmv = self._y, self._h, self._like, torch.addmv
+            parts = zip(self._times[1:count], self._prefixes[1:], self._weights[1:], self._rows[1:])
+            for time, prefix, weights, row in parts:
+                argument = addmv(y, prefix, weights, alpha=h).view_as(like)
+                stage = rhs(time, argument)
+                row.copy_(stage)
+        else:
+            for i in range(1, count):
+                argument = self.combine(i)
+                stage = rhs(self._times[i], argument)
+                self.put(i, stage)
+        return argument, stage
 
     def put(self, i: int, stage: Tensor) -> None:
         """Keep the derivative at stage i."""

@@ -84,10 +84,15 @@ class Rhs:
         self.calls += 1
         if self._full is None or self._autocast is not None:
             return self._checked(self._evaluate(t, y))
-        out = self.field(self.time(t), y if self._as_is else y.reshape(self._full), *self.args)
-        fits = isinstance(out, Tensor) and out.shape == self._full and out.dtype is self._dtype
-        if fits and out.device == self._device:
-            return out if self._as_is else out.reshape(self._shape)
+        dtype, full, as_is = self._dtype, self._full, self._as_is
+        # As `time` has it, without the call.
+        if not isinstance(t, Tensor):
+            t = torch.scalar_tensor(t, dtype=dtype, device=self._device)
+        elif t.dtype is not dtype:
+            t = t.to(dtype)
+        out = self.field(t, y if as_is else y.reshape(full), *self.args)
+        if isinstance(out, Tensor) and out.shape == full and out.dtype is dtype and out.device == self._device:
+            return out if as_is else out.reshape(self._shape)
         return self._checked(out)
 
     def _evaluate(self, t: Time, y: Tensor) -> Any:
