@@ -9,11 +9,13 @@ from .digits import digits
 from .folder import FolderBatches, FolderSource, image_folder
 from .mix import MixedBatches
 from .mnist import mnist
-from .physionet import Series, SeriesBatches, SeriesSource, physionet2012
+from .physionet import physionet2012, physionet2012_hourly
 from .pixels import PixelBatches, PixelSource
+from .series import Series, SeriesBatches, SeriesSource
 from .source import DATASETS, AnySource, DataError, ImageSet, Source, load_data, register_data
 from .text import TextBatches, TextSource, text_file, tinyshakespeare
 from .trees import ParsedSource, ud_english_ewt_trees
+from .uea import ts_source
 from .wnut17 import wnut17
 
 __all__ = [
@@ -47,9 +49,11 @@ __all__ = [
     "load_data",
     "mnist",
     "physionet2012",
+    "physionet2012_hourly",
     "register_data",
     "text_file",
     "tinyshakespeare",
+    "ts_source",
     "ud_english_ewt",
     "ud_english_ewt_trees",
     "wnut17",
