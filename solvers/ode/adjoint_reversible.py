@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adjoint.shared import ReversibleAdjoint
-from ..solution import AdjointWarning
+from ..adjoint.shared import CheckpointAdjoint, ReversibleAdjoint
+from ..solution import AdjointWarning, Status, warn_caller
+from ..transforms import any_true
 from ..tree import norms
 from .adjoint import Adjoint, Outcome, Task, must_tape, plain_solve, taped_outcome
+from .adjoint_checkpoint import CheckpointedTrajectory
 from .function import Cotangents, Solve
 from .mesh import PickBars
 from .method import Carry
 from .problem import Keeper
 from .pullback import Backward, RecordedPullback
-from .reversible import Point, ReversibleMethod
+from .reversible import Point, Reversible, ReversibleMethod
 from .tape import Sums, Tape
 from .tracer import Tracer
 
@@ -27,7 +29,8 @@ class ReversibleTrajectory(Adjoint):
     """`ReversibleAdjoint` for a trajectory: every step is undone, recorded again from where it began, and pulled back.
 
     Two states are kept, the first and the last, and one more for every jump of the field and for every sample that
-    ends before the others.
+    ends before the others. Where `Reversible(base)` cannot be kept stable by any step, as on stiff problems, `base`
+    solves them, differentiated from checkpoints, and a warning says so.
     """
 
     def __init__(self, knobs: ReversibleAdjoint) -> None:
@@ -43,9 +46,23 @@ class ReversibleTrajectory(Adjoint):
             )
         if must_tape():
             return taped_outcome(task)
-        if not torch.is_grad_enabled():
-            return plain_solve(task)
-        return _Reversed(task, method, self.knobs).outcome()
+        wanted = torch.is_grad_enabled()
+        outcome = _Reversed(task, method, self.knobs).outcome() if wanted else plain_solve(task)
+        if not isinstance(method, Reversible):
+            return outcome
+        lost = outcome.run.status == Status.STEP_UNDERFLOW
+        if not any_true(lost):
+            return outcome
+        sample = int(lost.int().argmax())
+        warn_caller(
+            f"solve_ode: the two states of {method!r} drifted apart in {int(lost.sum())} of {len(lost)} samples, in "
+            f"sample {sample} before t = {float(outcome.run.reached[sample]):.6g}: a reversible method damps too "
+            f"little for this field. Falling back to {method.base!r} with CheckpointAdjoint(), whose memory grows "
+            "with the square root of the number of steps.",
+            AdjointWarning,
+        )
+        stable = dataclasses.replace(task, problem=dataclasses.replace(task.problem, method=method.base))
+        return CheckpointedTrajectory(CheckpointAdjoint()).solve(stable)
 
 
 class _Ends(Keeper):

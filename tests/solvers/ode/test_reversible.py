@@ -12,6 +12,7 @@ from restpoint.solvers.ode import (
     RK4,
     AsynchronousLeapfrog,
     Bosh3,
+    CheckpointAdjoint,
     ConstantController,
     DirectAdjoint,
     Dopri8,
@@ -286,6 +287,29 @@ class TestAdjoint:
         y0, scale, _ = inputs()
         with pytest.raises(ValueError, match=r"needs a reversible method, got solver=Tsit5\(\)"):
             solve_ode(field, y0, (0.0, 1.0), (scale,), adjoint=ReversibleAdjoint())
+
+    @pytest.mark.parametrize("per_sample", [False, True])
+    def test_falls_back_where_no_step_is_stable(self, per_sample):
+        def oscillator(t, y, mu):
+            x, v = y.unbind(1)
+            return torch.stack([v, mu * (1 - x**2) * v - x], 1)
+
+        def gradient(solver, adjoint, record=True):
+            mu = torch.tensor([1.0, 50.0], dtype=F64, requires_grad=True)
+            y0 = torch.tensor([[2.0, 0.0]] * 2, dtype=F64)
+            with torch.set_grad_enabled(record):
+                found = solve_ode(
+                    oscillator, y0, (0.0, 5.0), args=(mu,), solver=solver, adjoint=adjoint,
+                    controller=PIDController(per_sample=per_sample),
+                ).value[-1]  # fmt: skip
+            return found.detach(), torch.autograd.grad(found.sum(), mu)[0] if record else None
+
+        expected = gradient(Tsit5(), CheckpointAdjoint())
+        for record in (True, False):
+            with pytest.warns(AdjointWarning, match=r"drifted apart.*sample 1 before t.*Falling back to Tsit5"):
+                found = gradient(Reversible(Tsit5()), ReversibleAdjoint(), record)
+            assert torch.equal(found[0], expected[0])
+            assert not record or torch.equal(found[1], expected[1])
 
     def test_a_broken_sample_leaves_the_gradient_of_the_others(self):
         y0, scale, _ = inputs()
