@@ -11,6 +11,7 @@ from .mix import MixedBatches
 from .mnist import mnist
 from .physionet import physionet2012, physionet2012_hourly
 from .pixels import PixelBatches, PixelSource
+from .planetoid import NodeBatches, NodeSource, citeseer, cora
 from .series import Series, SeriesBatches, SeriesSource
 from .source import DATASETS, AnySource, DataError, ImageSet, Source, load_data, register_data
 from .text import TextBatches, TextSource, text_file, tinyshakespeare
@@ -28,6 +29,8 @@ __all__ = [
     "FolderSource",
     "ImageSet",
     "MixedBatches",
+    "NodeBatches",
+    "NodeSource",
     "ParsedSource",
     "PixelBatches",
     "PixelSource",
@@ -44,6 +47,8 @@ __all__ = [
     "TextBatches",
     "TextSource",
     "cifar10",
+    "citeseer",
+    "cora",
     "digits",
     "image_folder",
     "load_data",

@@ -5,6 +5,7 @@ from .density import DensityEstimation
 from .entities import EntityRecognition
 from .image_density import ImageDensity
 from .language import LanguageModelling
+from .nodes import NodeClassification
 from .parsing import DependencyParsing
 from .series import SeriesClassification
 from .tagging import SequenceTagging
@@ -17,6 +18,7 @@ __all__ = [
     "ImageClassification",
     "ImageDensity",
     "LanguageModelling",
+    "NodeClassification",
     "Outcome",
     "SequenceTagging",
     "SeriesClassification",
