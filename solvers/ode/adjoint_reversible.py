@@ -128,6 +128,7 @@ class _Walk:
         assert solve.run is not None
         self._method, self._rhs, self._steps, self._timed = solve.method, solve.inner, solve.run.mesh.steps, solve.timed
         mesh, tape = solve.run.mesh, Tape(solve.inner, sums, solve.timed)
+        self._own = mesh.own
         self._pullback = RecordedPullback(solve.method, tape, mesh, PickBars(mesh, _second(bars)), solve.ends)
         self._record = Tracer(sums)
         self._memory: Any = None
@@ -141,6 +142,7 @@ class _Walk:
             known = self.bar.carry or (None,) * len(carry)
             carry_bar = tuple(torch.zeros_like(part) if bar is None else bar for part, bar in zip(carry, known))
             bar = self.bar.y, carry_bar
+            self._rhs.stand_in(taken.rows, self._own)
             found = self._method.retrace(self._rhs, taken.t, taken.h, self.at, bar, self._record, self._trace)
             if found is not None:
                 self.at, (self.bar.y, self.bar.carry), self._trace = found
@@ -150,6 +152,7 @@ class _Walk:
     def start(self, index: int) -> Point:
         """Where step `index` began that ended here."""
         taken, (y, carry) = self._steps[index], self.at
+        self._rhs.stand_in(taken.rows, self._own)
         with torch.no_grad():
             before, held, self._memory = self._method.undo(self._rhs, taken.t, y, taken.h, carry, self._memory)
         if taken.waits is None:

@@ -89,6 +89,7 @@ class LinedUp:
                 flags[0][i],
                 replace if i == 0 else None,
                 waits[i] if flags[2][i] else None,
+                replace,
             )
             for i in range(self.count)
         ]

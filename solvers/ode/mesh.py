@@ -27,6 +27,7 @@ class Taken(NamedTuple):
         replace: (batch,) the row that each row is replaced by before the step: samples that have ended go on as copies
             of one that has not, and their values are dropped. None where nothing is replaced.
         waits: (batch,) which samples take no step, so that their states and carries stay; None where all take one.
+        rows: (batch,) the sample whose args each row is evaluated with; None for its own.
     """
 
     t: Time
@@ -37,6 +38,7 @@ class Taken(NamedTuple):
     dense: bool
     replace: Tensor | None = None
     waits: Tensor | None = None
+    rows: Tensor | None = None
 
 
 @dataclasses.dataclass
@@ -47,10 +49,12 @@ class Mesh:
         steps: in order.
         picks: the dense outputs that are asked for, as indices of steps: a list, each standing for the whole batch,
             or (picks, batch), a step for every sample.
+        own: the leaves of args that have a row for each sample, which the steps' `rows` are of.
     """
 
     steps: list[Taken]
     picks: list[int] | Tensor
+    own: frozenset[int] = frozenset()
 
     def times(self, index: int, start: Tensor | None, end: Tensor | None) -> tuple[Time, Time]:
         """Start and length of a step, as functions of the `start` and `end` of the solve where these are given.

@@ -58,6 +58,8 @@ class Rhs:
         "_device",
         "_dtype",
         "_full",
+        "_own",
+        "_rows",
         "_shape",
         "args",
         "batch",
@@ -74,6 +76,16 @@ class Rhs:
         self._as_is = self._full == self._shape
         self._dtype, self._device = spec.dtype, spec.device
         self._autocast = autocast_type(spec.device)
+        self.stand_in(None, frozenset())
+
+    def stand_in(self, rows: Tensor | None, own: frozenset[int]) -> None:
+        """From now on let other samples' args stand in for some.
+
+        Args:
+            rows: (batch,) the sample whose args each row is evaluated with, or None for its own.
+            own: which of the leaves of args have a row for each sample.
+        """
+        self._rows, self._own = rows if own else None, own
 
     def __call__(self, t: Time, y: Tensor) -> Tensor:
         """The derivative (batch, n) at matrix `y`.
@@ -90,17 +102,25 @@ class Rhs:
             t = torch.scalar_tensor(t, dtype=dtype, device=self._device)
         elif t.dtype is not dtype:
             t = t.to(dtype)
-        out = self.field(t, y if as_is else y.reshape(full), *self.args)
+        args = self.args if self._rows is None else self._swapped(self._rows)
+        out = self.field(t, y if as_is else y.reshape(full), *args)
         if isinstance(out, Tensor) and out.shape == full and out.dtype is dtype and out.device == self._device:
             return out if as_is else out.reshape(self._shape)
         return self._checked(out)
 
     def _evaluate(self, t: Time, y: Tensor) -> Any:
+        args = self.args if self._rows is None else self._swapped(self._rows)
         if self._autocast is None:
-            return self.field(self.time(t), self.spec.unflatten(y), *self.args)
+            return self.field(self.time(t), self.spec.unflatten(y), *args)
         # Weights that autocast has cast before would tie evaluations together, and may lack their derivatives.
         with torch.autocast(self._device.type, self._autocast, cache_enabled=False):
-            return self.field(self.time(t), self.spec.unflatten(y), *self.args)
+            return self.field(self.time(t), self.spec.unflatten(y), *args)
+
+    def _swapped(self, rows: Tensor) -> tuple[Any, ...]:
+        leaves, structure = pytree.tree_flatten(self.args)
+        swapped = [leaf.index_select(0, rows) if i in self._own else leaf for i, leaf in enumerate(leaves)]
+        args: tuple[Any, ...] = pytree.tree_unflatten(swapped, structure)
+        return args
 
     def _checked(self, out: Any) -> Tensor:
         matrix = self.spec.flatten(out, "the field's derivative", cast=self._autocast is not None)

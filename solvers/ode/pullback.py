@@ -77,6 +77,7 @@ class ExplicitPullback:
         if taken.replace is not None:
             y = y.index_select(0, taken.replace)
             carry = tuple(part.index_select(0, taken.replace) for part in carry)
+        tape.rhs.stand_in(taken.rows, self.mesh.own)
         end, dense = tableau.end, taken.dense
         first = tape.evaluate(taken.t, y) if mixed or taken.restart is True or not carry else None
         start = carry[0] if first is None else first[0].detach()

@@ -37,6 +37,7 @@ def replay(
         if taken.replace is not None:
             y = y.index_select(0, taken.replace)
             carry = tuple(part.index_select(0, taken.replace) for part in carry)
+        rhs.stand_in(taken.rows, mesh.own)
         t, h = mesh.times(index, start, end)
         carry = renewed(method, rhs, t, y, carry, taken.restart)
         step = method.step(rhs, t, y, h, carry)
@@ -48,6 +49,7 @@ def replay(
             stays = taken.waits.unsqueeze(-1)
             y = torch.where(stays, y, step.y)
             carry = tuple(torch.where(stays, old, new) for old, new in zip(carry, step.carry))
+    rhs.stand_in(None, mesh.own)
     return y, carry, dense
 
 

@@ -19,6 +19,7 @@ from .mesh import END, FORCED, FREE, Mesh, take
 from .method import Carry, Step, renewed
 from .problem import Keeper, Problem, Run
 from .shared_steps import GIVE_WAY, RETREAT, STABLE, STRETCH, UNDERFLOW
+from .stand_in import own_args, standing_in
 
 # So many iterations are looked through together for output times that lie inside their steps.
 _CHUNK = 16
@@ -195,10 +196,12 @@ class SampleSteps:
             )
         healthy = (y.isfinite() & slope.isfinite()).all(-1)
         self.replace: Tensor | None = None
+        self.own: frozenset[int] = frozenset()
         if not all_true(healthy):
-            index = torch.arange(len(y), device=y.device)
-            self.replace = torch.where(healthy, index, healthy.int().argmax())
+            self.replace = standing_in(healthy)
             y = y.index_select(0, self.replace)
+            self.own = own_args(self.rhs, t, y, self.replace)
+            self.rhs.stand_in(self.replace, self.own)
             carry = self.method.init(self.rhs, t, y)
             self.status = torch.where(healthy, self.status, int(Status.NON_FINITE))
             self.component = self.problem.y0.isfinite().int().argmin(-1)
@@ -270,6 +273,7 @@ class SampleSteps:
         self.dense[output, :, sample] = dense[found[output, sample], :, sample]
 
     def _report(self, t: Tensor, y: Tensor, h: Tensor) -> Run:
+        self.rhs.stand_in(None, self.own)
         lined = LinedUp(self.tried, [entry[0] for entry in self.keeper.kept] if self.keeper else [], t)
         if self.keeper is not None:
             self.keeper.line_up(lined)
@@ -289,7 +293,7 @@ class SampleSteps:
         counts = self._counts()
         return Run(
             y=y,
-            mesh=Mesh(lined.steps(picks, self.replace), picks),
+            mesh=Mesh(lined.steps(picks, self.replace), picks, self.own),
             dense=self.dense,
             places=places,
             reached=torch.where(self.reached.isnan(), t, self.reached),

@@ -15,6 +15,7 @@ from .first_step import first_step
 from .mesh import END, FORCED, FREE, Mesh, Taken
 from .method import Carry, Step
 from .problem import Keeper, Problem, Run
+from .stand_in import own_args, standing_in
 
 # A step that would leave less than this fraction of itself before a time to land on is stretched to reach it.
 STRETCH = 1e-3
@@ -55,6 +56,9 @@ class SharedSteps:
         # What replaces the rows of samples that ended since the last accepted step, and whether it has yet to.
         self.replace: Tensor | None = None
         self.swap = False
+        # Whose args stand in for those of broken samples, and which leaves of args these are; None: not known yet.
+        self.rows: Tensor | None = None
+        self.own: frozenset[int] | None = None
         self.accepted = self.rejected = 0
         self.strained = True
         self.status = torch.full((batch,), int(Status.MAX_STEPS), device=device)
@@ -98,7 +102,7 @@ class SharedSteps:
             self.tracker.start(self.reached, y)
         while self.accepted + self.rejected < problem.max_steps:
             if self.swap:
-                y, carry = self._swapped(y, carry)
+                y, carry = self._swapped(t, y, () if restart else carry)
                 scale, self.swap = tolerance.scale(y), False
             target, kind, jump = self.stops[stop]
             step_h, lands = h, FREE
@@ -149,7 +153,7 @@ class SharedSteps:
             # What an observer's dense output hands over is none that a replay would know.
             left = step.carry if wanted else bare
             keeper.offer(self.accepted, *handed, restart or self.replace is not None)
-            self.steps.append(Taken(t, step_h, lands, moves, restart, wanted, self.replace))
+            self.steps.append(Taken(t, step_h, lands, moves, restart, wanted, self.replace, None, self.rows))
             self.replace = None
             self.accepted += 1
             ended = self._locate(crossings, t, step_h)
@@ -300,15 +304,21 @@ class SharedSteps:
         self._replace(ended)
         return True
 
-    def _swapped(self, y: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
-        """State and carry with healthy samples' rows in place of those that ended."""
+    def _swapped(self, t: float, y: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
+        """State and carry with healthy samples' rows in place of those that ended, and the args if some broke."""
         replace = self.replace
         assert replace is not None
 
         def swap(rows: Tensor) -> Tensor:
             return rows.index_select(0, replace)
 
-        return swap(y), tuple(map(swap, carry))
+        y = swap(y)
+        if not inside_transform() and any_true(self.status == Status.NON_FINITE):
+            self.rows = standing_in(self._living())
+            if self.own is None:
+                self.own = own_args(self.rhs, t, y, self.rows)
+            self.rhs.stand_in(self.rows, self.own)
+        return y, tuple(map(swap, carry))
 
     def _survivors(self) -> bool:
         return self.alive is None or any_true(self.alive)
@@ -316,8 +326,7 @@ class SharedSteps:
     def _replace(self, lost: Tensor) -> None:
         """Let a healthy sample stand in for those that are lost."""
         self.alive = self._living() & ~lost
-        index = torch.arange(len(lost), device=lost.device)
-        index = torch.where(self.alive, index, self.alive.int().argmax())
+        index = standing_in(self.alive)
         self.replace = index if self.replace is None else self.replace[index]
         self.swap = True
 
@@ -330,12 +339,13 @@ class SharedSteps:
         self.counts = torch.where(rows, now.unsqueeze(1), self.counts)
 
     def _report(self, y: Tensor, h: float) -> Run:
-        device = y.device
+        device, own = y.device, self.own or frozenset()
+        self.rhs.stand_in(None, own)
         missing = max(len(self.outputs) - 2 - len(self.places), 0)
         places = torch.tensor(self.places + [0] * missing, dtype=torch.long, device=device)
         return Run(
             y=y,
-            mesh=Mesh(self.steps, self.picks),
+            mesh=Mesh(self.steps, self.picks, own),
             dense=torch.stack(self.dense) if self.dense else None,
             places=places,
             reached=self.reached,

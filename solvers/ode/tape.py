@@ -126,6 +126,12 @@ class Recorder(Rhs):
         self.tape, self.active, self._first = tape, True, first
         self.records: list[Record] = []
 
+    def stand_in(self, rows: Tensor | None, own: frozenset[int]) -> None:
+        """As `Rhs.stand_in`."""
+        super().stand_in(rows, own)
+        if hasattr(self, "tape"):
+            self.tape.rhs.stand_in(rows, own)
+
     def __call__(self, t: Time, y: Tensor) -> Tensor:
         """The derivative, without derivatives of its own."""
         if not self.active:

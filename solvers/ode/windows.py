@@ -124,7 +124,7 @@ class WindowPullback(ExplicitPullback):
 
     def _pull_mapped(self, span: range, states: list[Tensor], bar: Backward) -> bool:
         steps = [self.mesh.steps[index] for index in span]
-        if any(step.replace is not None for step in steps):
+        if any(step.replace is not None or step.rows is not None for step in steps):
             return False
         dense = self.bars.window(span)
         groups = [_Group(self, steps, states, [i for i, step in enumerate(steps) if not step.dense], None)]

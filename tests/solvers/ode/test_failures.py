@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 
 import jaxtyping
 import pytest
@@ -14,17 +15,21 @@ from restpoint.solvers.ode import (
     Bosh3,
     CheckpointAdjoint,
     ConstantController,
+    DirectAdjoint,
     Dopri5,
     ImplicitEuler,
     InterpolatedAdjoint,
     Kvaerno3,
     Kvaerno5,
     PIDController,
+    Reversible,
+    ReversibleAdjoint,
+    ReversibleHeun,
     TimeError,
     Tsit5,
     solve_ode,
 )
-from restpoint.solvers.solution import MaxStepsWarning
+from restpoint.solvers.solution import AdjointWarning, MaxStepsWarning
 
 F64 = torch.float64
 PER_SAMPLE = pytest.mark.parametrize("per_sample", [False, True])
@@ -231,6 +236,51 @@ class TestNonFinite:
         assert (got[0][1::2] == 0).all()
         torch.testing.assert_close(got[0][::2], torch.full((2, 1), math.e, dtype=F64), rtol=1e-3, atol=0)
         torch.testing.assert_close(got[1], kept.detach().sum(), rtol=1e-3, atol=0)
+
+    @PER_SAMPLE
+    @pytest.mark.parametrize("nan_from", [0.0, 0.5])
+    @pytest.mark.parametrize(
+        "adjoint, solver",
+        [
+            (DirectAdjoint(), Tsit5()),
+            (CheckpointAdjoint(), Tsit5()),
+            (CheckpointAdjoint(segments=2), Tsit5()),
+            (CheckpointAdjoint(recursive=True), Kvaerno3()),
+            (BacksolveAdjoint(), Tsit5()),
+            (ReversibleAdjoint(), Reversible(Tsit5())),
+            (ReversibleAdjoint(), ReversibleHeun()),
+        ],
+        ids=repr,
+    )
+    def test_gradients_where_args_of_a_sample_are_broken(self, adjoint, solver, nan_from, per_sample):
+        """The weight is as long as the batch by chance, and is not taken for a tensor of samples."""
+        generator = torch.Generator().manual_seed(0)
+        start, weight = (torch.randn(4, 4, generator=generator, dtype=F64) for _ in range(2))
+        until = torch.tensor([9.0, nan_from or math.nan, 9.0, 9.0], dtype=F64)
+
+        def field(t, y, until, weight):
+            return torch.tanh(y @ weight) * torch.sqrt(until - t.reshape(-1)).unsqueeze(1)
+
+        def gradients(samples, adjoint, solver):
+            y0, until_, weight_ = (x.clone().requires_grad_() for x in (start[samples], until[samples], weight))
+            solution = solve_ode(
+                field, y0, (0.0, 1.0), args=(until_, weight_), solver=solver, adjoint=adjoint, rtol=1e-5, atol=1e-5,
+                controller=PIDController(per_sample=per_sample), throw=False,
+            )  # fmt: skip
+            assert (solution.stats.status == Status.NON_FINITE).tolist() == [i == 1 for i in samples]
+            kept = [i for i, sample in enumerate(samples) if sample != 1]
+            by_y0, by_until, by_weight = torch.autograd.grad(
+                solution.value[-1, kept].square().sum(), [y0, until_, weight_]
+            )
+            return by_y0[kept], by_until[kept], by_weight, by_until[[i for i in range(len(samples)) if i not in kept]]
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AdjointWarning)  # Backsolve falls back, since a sample ended early.
+            *found, of_broken = gradients([0, 1, 2, 3], adjoint, solver)
+        *expected, _ = gradients([0, 2, 3], DirectAdjoint(), Tsit5())
+        assert of_broken.isfinite().all()
+        for one, other in zip(found, expected):
+            torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-3)
 
 
 class TestBlowUp:
