@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..transforms import all_true, any_true, plain
 from . import checks
 
 
@@ -130,8 +131,8 @@ class FactorGraph:
     def _finish(self) -> None:
         self.possible = self._consistent()
         empty = ~self.possible.any(2)
-        if bool(empty.any()):
-            sample, variable = empty.nonzero()[0].tolist()
+        if any_true(empty):
+            sample, variable = plain(empty).nonzero()[0].tolist()[-2:]
             raise ValueError(f"the potentials leave no state to variable {variable} of sample {sample}.")
 
     def _consistent(self) -> Tensor:
@@ -150,10 +151,10 @@ class FactorGraph:
                         joint = joint & along(possible[:, group.scopes[:, other]], other, group.arity)
                     rest = [d + 2 for d in range(group.arity) if d != slot]
                     some = joint.any(rest) if rest else joint
-                    denied = torch.zeros_like(possible, dtype=torch.int64)
-                    denied.index_add_(1, group.scopes[:, slot], (~some).long())
+                    none = torch.zeros_like(possible, dtype=torch.int64)
+                    denied = none.index_add(1, group.scopes[:, slot], (~some).long())
                     possible = possible & (denied == 0)
-            if torch.equal(before, possible):
+            if all_true(before == possible):
                 return possible
 
     def __repr__(self) -> str:

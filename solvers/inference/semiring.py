@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..transforms import tangents_of_others
+
 
 class Semiring(abc.ABC):
     """The base: multiplication adds logarithms, component by component.
@@ -177,8 +179,6 @@ class LogSumExp(torch.autograd.Function):
     torch.logsumexp has NaN there.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, dim: int) -> Tensor:
         """The sum."""
@@ -200,8 +200,13 @@ class LogSumExp(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         """The weighted sum of the tangents."""
-        x, total = ctx.saved_tensors
-        return (_weights(x, total, ctx.dim) * tangent).sum(ctx.dim)
+        with tangents_of_others(*ctx.saved_tensors) as (x, total):
+            return (_weights(x, total, ctx.dim) * tangent).sum(ctx.dim)
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[int, None], x: Tensor, dim: int) -> tuple[Tensor, int]:
+        """What is mapped over is one more leading dimension."""
+        return LogSumExp.apply(x.movedim(dims[0], 0), dim + 1 if dim >= 0 else dim), 0
 
 
 def _weights(x: Tensor, total: Tensor, dim: int) -> Tensor:

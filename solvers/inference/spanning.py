@@ -8,6 +8,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 from .semiring import Semiring
 
@@ -33,7 +34,7 @@ def tree_sum(semiring: Semiring, arcs: Tensor, real: Tensor, single_root: bool) 
 
     Source: Tutte 1984, theorem 6.4; Koo et al. 2007; Grassmann, Taksar and Heyman 1985.
     """
-    batch, words = real.shape
+    words = real.shape[1]
     padded = ~real
     is_root = torch.arange(words + 1, device=real.device).unsqueeze(1) == 0
     both = real.unsqueeze(1) & torch.nn.functional.pad(real, (1, 0), value=True).unsqueeze(2)
@@ -41,35 +42,62 @@ def tree_sum(semiring: Semiring, arcs: Tensor, real: Tensor, single_root: bool) 
     # A padded word hangs from the root by an arc of weight one.
     shape = (1,) * (arcs.ndim - 1)
     arcs = torch.where(padded.unsqueeze(1) & is_root, semiring.ones(shape, arcs), arcs)
-    power = (is_root & real.unsqueeze(1)).long() if single_root else None
-    total = semiring.ones((batch,), arcs)
-    spent = torch.zeros_like(real[:, 0], dtype=torch.int64)
+    orders = (is_root & real.unsqueeze(1)).long()
+    # The longest in front, so that those that have a word k are the first ones.
+    order, present = _by_length(real)
+    if order is not None:
+        arcs, orders, real = arcs[:, order], orders[order], real[order]
+    here, power = arcs[:, :0], orders[:0]
+    total = semiring.ones((0,), arcs)
+    spent = torch.zeros_like(real[:0, 0], dtype=torch.int64)
     for k in range(words - 1, -1, -1):
-        into = arcs[:, :, : k + 1, k]
-        if power is None:
+        active, already = present[k], here.shape[1]
+        if not active:
+            continue
+        if active > already:
+            # Those whose last word this is come in.
+            here = torch.cat([here[..., : k + 2, : k + 1], arcs[:, already:active, : k + 2, : k + 1]], 1)
+            power = torch.cat([power[:, : k + 2, : k + 1], orders[already:active, : k + 2, : k + 1]])
+            total = torch.cat([total, semiring.ones((active - already,), arcs)], 1)
+            spent = torch.cat([spent, spent.new_zeros(active - already)])
+        into = here[:, :, : k + 1, k]
+        if not single_root:
             pivot = semiring.sum(into, -1)
         else:
-            orders = power[:, : k + 1, k].masked_fill(torch.isneginf(into[0]), _NEVER)
-            lowest = orders.amin(1, keepdim=True)
-            pivot = semiring.sum(semiring.only(orders == lowest, into), -1)
+            steps = power[:, : k + 1, k].masked_fill(torch.isneginf(into[0]), _NEVER)
+            lowest = steps.amin(1, keepdim=True)
+            pivot = semiring.sum(semiring.only(steps == lowest, into), -1)
             spent = spent + lowest.squeeze(1)
         total = semiring.times(total, pivot)
         if k == 0:
             break
         share = semiring.divide(into, pivot.unsqueeze(-1))
-        detour = semiring.times(share.unsqueeze(-1), arcs[:, :, k + 1, :k].unsqueeze(2))
-        pair = torch.stack([arcs[:, :, : k + 1, :k], detour], -1)
+        detour = semiring.times(share.unsqueeze(-1), here[:, :, k + 1, :k].unsqueeze(2))
+        pair = torch.stack([here[:, :, : k + 1, :k], detour], -1)
         # No word is its own head.
         loop = torch.arange(k + 1, device=real.device).unsqueeze(1) == torch.arange(1, k + 1, device=real.device)
         keep = ~loop.unsqueeze(-1)
-        if power is not None:
-            through = (orders - lowest).unsqueeze(2) + power[:, k + 1, :k].unsqueeze(1)
+        if single_root:
+            through = (steps - lowest).unsqueeze(2) + power[:, k + 1, :k].unsqueeze(1)
             both_orders = torch.stack([power[:, : k + 1, :k], through], -1)
             both_orders = both_orders.masked_fill(torch.isneginf(pair[0]), _NEVER)
             power = both_orders.amin(-1)
             keep = keep & (both_orders == power.unsqueeze(-1))
-        arcs = semiring.sum(semiring.only(keep, pair), -1)
-    return semiring.only(spent == real.any(1), total) if single_root else total
+        here = semiring.sum(semiring.only(keep, pair), -1)
+    result = semiring.only(spent == real.any(1), total) if single_root else total
+    return result if order is None else result[:, order.argsort()]
+
+
+def _by_length(real: Tensor) -> tuple[Tensor | None, list[int]]:
+    """The samples in the order of their lengths, the longest first, and how many have each word.
+
+    None, and all of them, where all are equally long; or where a transform hides it: padding then is only work.
+    """
+    batch, words = real.shape
+    if _functorch.is_functorch_wrapped_tensor(real):
+        return None, [batch] * words
+    present: list[int] = real.sum(0).tolist()
+    return (None if present[-1] == batch else real.sum(1).argsort(descending=True)), present
 
 
 def best_trees(scores: list[list[float]], k: int, single_root: bool) -> list[list[int]]:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..solution import Solution, Stats, Status
-from ..transforms import inside_vmap, no_derivatives, plain
+from ..transforms import no_derivatives
 from .active_structures import ActiveStructures
 from .distribution import Parts, Structured
 from .elimination import Assignments
@@ -55,8 +55,8 @@ def sparse_map(
 
     The active set method needs the best structure for changed potentials, once a step, and ends at the exact solution
     after finitely many. Most samples take a few steps; scaling the potentials up makes solutions sparser. Derivatives
-    are the closed form on the support, where the solution is linear in the potentials, to every order and under
-    torch.func.grad, vjp and jvp.
+    are the closed form on the support, where the solution is linear in the potentials, to every order and under all
+    transforms of torch.func; under vmap there are as many structures as the largest support of all examples has.
 
     Args:
         distribution: whose potentials; or a factor graph, whose best assignment is found by elimination.
@@ -64,19 +64,17 @@ def sparse_map(
         throw: "warn" warns, True raises, where the steps do not suffice; False does nothing.
 
     Raises:
-        ValueError: a sample has no structure; a factor graph that joins too many variables (see `Assignments`); inside
-            torch.func.vmap, which the search cannot see through: use the batch.
+        ValueError: a sample has no structure; a factor graph that joins too many variables (see `Assignments`).
         SolverError: see `throw`.
 
     Source: Niculae, Martins, Blondel and Cardie 2018, equations 4 and 8 and section 3 (active set); Nocedal and Wright
     2006, section 16.5.
     """
-    if inside_vmap():
-        raise ValueError("sparse_map: not inside torch.func.vmap; put the samples into the batch.")
     problem = Assignments(distribution) if isinstance(distribution, FactorGraph) else distribution
     with no_derivatives():
-        active, stats = _search(problem, tuple(plain(p).detach() for p in problem._parts), max_steps)
-        weights, slope, indicators = active.summary()
+        found = _Search.apply(problem, max_steps, problem.lengths, *(p.detach() for p in problem._parts))
+    weights, slope, steps, residual, status, *rest = found
+    stats, indicators = Stats(steps, steps.clone(), residual, status), tuple(rest)
     # On the support the weights are linear in the scores.
     scores = _scores(problem._parts, indicators)
     p = weights + (slope @ (scores - scores.detach()).unsqueeze(2)).squeeze(2)
@@ -90,6 +88,46 @@ def sparse_map(
     solution.check(throw, "sparse_map")
     structures = problem._decode(tuple(i.transpose(0, 1) for i in indicators))
     return SparseMarginals(marginals, structures, p.T.to(dtype), value.to(dtype), solution)
+
+
+class _Search(torch.autograd.Function):
+    """The search as one operation, so that vmap hands over all of its examples at once, as a larger batch.
+
+    Returns weights, slope and what is in `Stats`, and then the indicators of `ActiveStructures.summary`.
+    """
+
+    @staticmethod
+    def forward(problem: Structured, max_steps: int, lengths: Tensor | None, *parts: Tensor) -> Parts:
+        """Of a copy of `problem` with these lengths and parts."""
+        batch = copy.copy(problem)
+        batch.__dict__.pop("_lazy", None)
+        batch.lengths = lengths
+        active, stats = _search(batch, parts, max_steps)
+        weights, slope, indicators = active.summary()
+        return weights, slope, stats.steps, stats.residual, stats.status, *indicators
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Parts) -> None:
+        """Nothing here is differentiated."""
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Nothing, of each result."""
+        return (None,) * (len(tangents) + 2)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], problem: Structured, max_steps: int, *tensors: Any) -> Any:
+        """The examples one behind the other."""
+        count = info.batch_size
+
+        def joined(x: Tensor | None, dim: int | None) -> Tensor | None:
+            if x is None:
+                return None
+            return (x.expand(count, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+
+        found = _Search.apply(problem, max_steps, *(joined(x, d) for x, d in zip(tensors, in_dims[2:], strict=True)))
+        return tuple(x.unflatten(0, (count, -1)) for x in found), (0,) * len(found)
 
 
 def _search(problem: Structured, parts: Parts, max_steps: int) -> tuple[ActiveStructures, Stats]:

@@ -105,9 +105,39 @@ def test_transforms(case):
     torch.testing.assert_close(along, sum((g * t).sum() for g, t in zip(expected, tangents, strict=True)))
 
 
-def test_no_vmap():
-    with pytest.raises(ValueError, match="vmap"):
-        torch.func.vmap(lambda unary: sparse_map(LinearChain(unary=unary.unsqueeze(0))).objective)(random(2, 3, 2))
+def test_vmap_is_a_loop_over_examples():
+    transitions, lengths = random(3, 3, seed=1), torch.tensor([4, 2])
+
+    def chain(unary):
+        return sparse_map(LinearChain(transitions, unary, lengths), throw=True).marginals.states
+
+    def tree(arcs):
+        return sparse_map(DependencyTree(arcs, lengths, projective=False)).marginals
+
+    def graph(tables):
+        return sparse_map(FactorGraph([2] * 3, [(0, 1), (1, 2), (0, 2)], list(tables))).marginals.variables
+
+    for function, given in ((chain, random(3, 2, 4, 3)), (tree, random(3, 2, 5, 5)), (graph, random(4, 3, 2, 2, 2))):
+        together = torch.func.vmap(function)(given)
+        torch.testing.assert_close(together, torch.stack([function(x) for x in given]), rtol=0, atol=1e-14)
+    with pytest.warns(MaxStepsWarning, match="6 of 6"):
+        torch.func.vmap(lambda x: sparse_map(LinearChain(unary=x), max_steps=1).objective)(random(3, 2, 4, 3))
+
+
+def test_jacobians_and_hessians():
+    transitions, given = random(3, 3, seed=1), random(2, 4, 3)
+
+    def marginals(unary):
+        return sparse_map(LinearChain(transitions, unary.unsqueeze(0))).marginals.states[0]
+
+    def objective(unary):
+        return sparse_map(LinearChain(transitions, unary.unsqueeze(0))).objective[0]
+
+    expected = torch.stack([torch.autograd.functional.jacobian(marginals, x) for x in given])
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(torch.func.vmap(transform(marginals))(given), expected, rtol=0, atol=1e-14)
+    # The objective's gradient is the marginals.
+    torch.testing.assert_close(torch.func.vmap(torch.func.hessian(objective))(given), expected, rtol=0, atol=1e-14)
 
 
 def test_a_chain_of_one_position_is_sparsemax():
