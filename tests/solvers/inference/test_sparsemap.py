@@ -124,6 +124,7 @@ def test_vmap_is_a_loop_over_examples():
         torch.func.vmap(lambda x: sparse_map(LinearChain(unary=x), max_steps=1).objective)(random(3, 2, 4, 3))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
 def test_jacobians_and_hessians():
     transitions, given = random(3, 3, seed=1), random(2, 4, 3)
 
