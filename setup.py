@@ -93,7 +93,7 @@ setup(
     # root: it must not count as the package's data.
     include_package_data=False,
     package_data={
-        "restpoint": ["py.typed", "checkpoints/*.safetensors", "checkpoints/*.json"],
+        "restpoint": ["py.typed", "checkpoints/*.safetensors", "checkpoints/*.json", "checkpoints/*.png"],
         "restpoint.train": ["recipes/*.yaml"],
     },
     install_requires=REQUIREMENTS,

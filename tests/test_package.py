@@ -68,7 +68,7 @@ def wheel(sdist, tmp_path_factory):
 def test_the_wheel_holds_the_rooms_and_their_data_and_nothing_else(tree, wheel):
     expected = {"restpoint/__init__.py", "restpoint/py.typed"}
     patterns = [f"{room}/**/*.py" for room in ROOMS]
-    patterns += ["checkpoints/*.safetensors", "checkpoints/*.json", "train/recipes/*.yaml"]
+    patterns += [f"checkpoints/*.{end}" for end in ("safetensors", "json", "png")] + ["train/recipes/*.yaml"]
     for pattern in patterns:
         expected |= {f"restpoint/{path.relative_to(tree).as_posix()}" for path in tree.glob(pattern)}
     names = set(zipfile.ZipFile(wheel).namelist())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from ..zoo.cards import Published
 from .data import Affine
 from .tasks import ImageClassification, Task
 
@@ -133,6 +134,9 @@ class Config:
         data_dir: the folder that holds the data.
         output: the run's folder; None for runs/NAME.
         resume: true goes on from the checkpoint in the run's folder; "auto" does where there is one, and else begins.
+        published: what the literature reports for this model on these data, such as
+            [{metric: accuracy, value: 0.9958, source: "Chen et al. 2018, table 1"}]; copied to the card.
+        note: what else the card should say, such as how far the recipe goes beside the published training.
     """
 
     name: str = "conv_deq_tiny.digits"
@@ -158,3 +162,5 @@ class Config:
     data_dir: str | None = None
     output: str | None = None
     resume: bool | Literal["auto"] = False
+    published: list[Published] = dataclasses.field(default_factory=list)
+    note: str = ""

@@ -1,7 +1,8 @@
-"""From a trained model to the two files that the zoo loads."""
+"""From a trained model to the files that the zoo loads."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from ..zoo.files import write_atomically
 from ..zoo.weights import pack_weights
 from .config import Config
 from .data import AnySource
+from .picture import draw_picture, to_png
 
 
 def export(
@@ -23,7 +25,9 @@ def export(
     metrics: dict[str, float],
     command: str,
 ) -> Path:
-    """Write `NAME.safetensors` and its card `NAME.json` to `folder`.
+    """Write `NAME.safetensors`, its card `NAME.json` and where the task draws one the picture `NAME.png` to `folder`.
+
+    A run with a validation set leaves the test set alone, and has no picture.
 
     Args:
         model: with the weights to ship, built by `create_model`.
@@ -57,6 +61,9 @@ def export(
         metrics=metrics,
         seed=config.seed,
         command=command,
+        epochs=config.epochs,
+        note=config.note,
+        published=tuple(config.published),
         **source.card_fields,
     )
     # A card that cannot be written must not leave weights behind that belong to none.
@@ -64,4 +71,10 @@ def export(
     write_atomically(folder / weights.file, content)
     path = folder / f"{config.name}.json"
     card.save(path)
+    # After the rest: should the picture fail, the model is there.
+    figure = None if config.data.validation else draw_picture(config.task, model, source)
+    if figure is not None:
+        card = dataclasses.replace(card, picture=f"{config.name}.png")
+        write_atomically(folder / card.picture, to_png(figure))
+        card.save(path)
     return path

@@ -49,7 +49,7 @@ log = logging.getLogger("restpoint.train")
 # What does not change the course of a run.
 ELSEWHERE = (
     "data_dir", "output", "resume", "log_every", "evaluate_every", "checkpoint_every", "diagnose_every", "device",
-    "parallel",
+    "parallel", "published", "note",
 )  # fmt: skip
 
 

@@ -122,10 +122,14 @@ class Card:
         data: what it was trained on.
         input: for image models, how an image becomes an input.
         labels: for classifiers, the name of each class in order.
-        metrics: measured on the shipped weights: fractions of one, nats or bits as their names say.
+        metrics: measured on the shipped weights: fractions of one, nats or bits as their names say. The first is what
+            models of this task are compared by.
         published: what the literature reports.
         seed: of the training run.
         command: the exact command that trained it.
+        epochs: how many it was trained for.
+        note: what else should be known, such as how far the training went beside the published one.
+        picture: the file, in the folder of the card, that shows what the model does; "" for none.
     """
 
     name: str
@@ -142,6 +146,9 @@ class Card:
     published: tuple[Published, ...] = ()
     seed: int | None = None
     command: str = ""
+    epochs: int | None = None
+    note: str = ""
+    picture: str = ""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name) or self.name.partition(".")[0] != self.architecture:
@@ -152,6 +159,8 @@ class Card:
         for figure in self.published:
             if figure.metric not in self.metrics:
                 raise CardError(f"published: {figure.metric!r} is not among the metrics {', '.join(self.metrics)}.")
+        if self.picture and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.png", self.picture):
+            raise CardError(f"picture must be a bare file name that ends in .png; got {self.picture!r}.")
 
     @property
     def tag(self) -> str:

@@ -8,20 +8,22 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from .. import __version__
 from .cards import Card
 from .errors import ZooError
 from .factory import create_model
+from .files import write_atomically
 from .predict import predict_files
 from .registry import architectures, cards, list_models, load_card, resolve
-from .results import main_metric, result
+from .results import Use, main_metric, result
 from .tables import comma_separated, flatten, markdown, table
 from .tag import Tagged, predict_sentences
+from .write import Written, continue_texts
 
 PAGE = """# Results
 
@@ -32,7 +34,8 @@ Made by `restpoint results --markdown --data-dir DATA_DIR`; `--csv` instead give
 - `milliseconds` of processor time per sample, on one thread, in a batch of {batch} test samples, without gradients; of
   use beside each other, for another machine has others.
 - `memory` and `memory_backward` are the most MiB of tensors alive at once during that batch, without gradients and in
-  a forward and backward pass, beyond the model and its inputs.
+  a forward and backward pass, beyond the model and its inputs; `memory_growth` is what the latter is multiplied by when
+  every solve takes 32 steps instead of 16. Trajectories of small states are kept whole, which costs little.
 - `checkpoint` is the size of the weights in KiB.
 
 """
@@ -109,12 +112,15 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "predict",
         _predict,
-        "classify image files, or tag sentences",
+        "classify image files, tag sentences, or continue texts",
         "restpoint predict conv_deq_small.mnist digit.png --top 3",
     )
     sub.add_argument("name", help="architecture.tag, or local-dir:DIR")
-    sub.add_argument("files", nargs="+", help="image files; for a tagger sentences in quotes")
+    sub.add_argument("files", nargs="+", help="image files; sentences or texts in quotes")
     sub.add_argument("--top", type=_positive, default=1, help="how many classes to give for each (default 1)")
+    sub.add_argument("--length", type=_positive, default=300, help="characters to add to a text (default 300)")
+    sub.add_argument("--temperature", type=float, default=0.8, help="of what is added, 0 for no chance (default 0.8)")
+    sub.add_argument("--seed", type=int, default=0, help="of what is added (default 0)")
 
     sub = command(
         "evaluate",
@@ -124,6 +130,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("name", help="architecture.tag, or local-dir:DIR")
     sub.add_argument("--data-dir", help="where the data set lies; not needed for data that a dependency ships")
+
+    sub = command(
+        "picture",
+        _picture,
+        "draw what a pretrained model does on its test data, as its card's picture shows it",
+        "restpoint picture conv_deq_small.mnist --data-dir ~/data --output mnist.png",
+    )
+    sub.add_argument("name", help="architecture.tag, or local-dir:DIR")
+    sub.add_argument("--data-dir", help="where the data set lies; not needed for data that a dependency ships")
+    sub.add_argument("--output", type=Path, help="the PNG file (default NAME.png)")
 
     sub = command(
         "results",
@@ -209,6 +225,9 @@ def _predict(options: argparse.Namespace) -> int:
     model = create_model(options.name, pretrained=True).eval()
     if card.task == "tagging":
         return _tag(predict_sentences(model, card, options.files), options.json)
+    if card.task == "language-modelling":
+        how = {"length": options.length, "temperature": options.temperature, "seed": options.seed}
+        return _write(continue_texts(model, card, options.files, **how), options.json)
     results = list(predict_files(model, card, options.files, top=options.top))
     if options.json:
         print(json.dumps([dataclasses.asdict(r) for r in results], indent=2))
@@ -238,6 +257,15 @@ def _tag(results: Sequence[Tagged], as_json: bool) -> int:
     return 0
 
 
+def _write(results: Sequence[Written], as_json: bool) -> int:
+    if as_json:
+        print(json.dumps([dataclasses.asdict(r) for r in results], indent=2))
+        return 0
+    for r in results:
+        print(r.text + r.continuation)
+    return 0
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     from ..train.data import DataError
     from ..train.evaluate import evaluate_model
@@ -254,6 +282,22 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _picture(options: argparse.Namespace) -> int:
+    from ..train.data import DataError
+    from ..train.picture import picture, to_png
+
+    path = options.output or Path(f"{load_card(options.name).name}.png")
+    try:
+        figure = picture(options.name, options.data_dir)
+    except DataError as error:
+        raise ZooError(str(error)) from error
+    if figure is None:
+        raise ZooError(f"There is no picture of {options.name}: its task draws none.")
+    write_atomically(path, to_png(figure))
+    print(json.dumps({"picture": str(path)}) if options.json else f"wrote {path}")
+    return 0
+
+
 def _results(options: argparse.Namespace) -> int:
     names = list_models(options.filter, pretrained=True)
     if not names:
@@ -262,7 +306,8 @@ def _results(options: argparse.Namespace) -> int:
     rows = []
     for name in tqdm(names, desc="measuring", disable=None, leave=False):
         card = load_card(name)
-        rows.append(dataclasses.asdict(result(card, _test_batch(card, options.data_dir, options.batch))))
+        batch, use = _test_batch(card, options.data_dir, options.batch)
+        rows.append(dataclasses.asdict(result(card, batch, use)))
     if options.json:
         print(json.dumps(rows, indent=2))
     elif options.csv:
@@ -274,24 +319,20 @@ def _results(options: argparse.Namespace) -> int:
     return 0
 
 
-def _test_batch(card: Card, data_dir: str | None, count: int) -> Tensor | None:
-    """The first `count` inputs of a card's test data; None, and a line that says why, where they are not here."""
-    from ..train.data import Batches, DataError, Source, load_data
+def _test_batch(card: Card, data_dir: str | None, count: int) -> tuple[Any, Use | None]:
+    """The first `count` examples of a card's test data, and how its model is used.
+
+    Where the data are not here it is None, with a line that says so.
+    """
+    from ..train.data import DataError
+    from ..train.evaluate import first_batch, task_of
 
     try:
-        if card.data is None:
-            raise DataError("its card names no data.")
-        source = load_data(card.data.name, data_dir)
+        model = create_model(card.name, pretrained=True)
+        return first_batch(model, data_dir, count), task_of(model).use
     except DataError as error:
         print(f"restpoint: {card.name} is not measured: {error}", file=sys.stderr)
-        return None
-    batches: Any = (
-        Batches(source.test.take(slice(count)), source.mean, source.std, count)
-        if isinstance(source, Source)
-        else source.test_batches(count, count, "cpu")
-    )
-    inputs: Tensor = next(iter(batches))[0]
-    return inputs
+        return None, None
 
 
 if __name__ == "__main__":

@@ -6,15 +6,18 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..models.flow import FFJORD
+from ..models.flow import ContinuousFlow
 from .factory import create_model
 from .registry import load_card
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NAMES = ("ffjord_small.checkerboard", "ffjord_small.pinwheel")
 GRID = 80
@@ -31,8 +34,10 @@ class Portrait:
         truth: the true density on a grid, rows from below.
         density: the flow's.
         samples: of the flow.
-        nll: mean negative log density of fresh points, in nats, as the card says.
+        nll: mean negative log density of fresh points, in nats.
         true_nll: that of the true density on the same points.
+        evaluations: the most that a density on the grid took.
+        seconds: that the samples took.
     """
 
     name: str
@@ -42,6 +47,8 @@ class Portrait:
     samples: Float[Tensor, "n 2"]
     nll: float
     true_nll: float
+    evaluations: int
+    seconds: float
 
 
 def main(output: Path, names: Sequence[str] = NAMES) -> None:
@@ -51,18 +58,35 @@ def main(output: Path, names: Sequence[str] = NAMES) -> None:
         ZooError: no such model, or its weights are damaged.
     """
     print("a flow carries the normal density to that of the data along the trajectories of dy/dt = f(t, y)")
-    portraits = [_portrait(name) for name in names]
-    draw(output, portraits)
+    portraits = []
+    for name in names:
+        card = load_card(name)
+        assert card.data is not None
+        flow = cast(ContinuousFlow, create_model(name, pretrained=True).eval())
+        one = portray(name, flow, _density(card.data.name), card.metrics["nll"], card.metrics["true_nll"])
+        print(f"\n{name}: {card.parameters:,} parameters")
+        print(f"  -log p     {one.nll:.3f} nats a fresh point; the true density's own {one.true_nll:.3f}")
+        total = float(one.density.sum()) * (2 * one.extent / (GRID - 1)) ** 2
+        print(f"  total      {total:.4f}, the density added up over the picture's {GRID}^2 cells")
+        print(f"  samples    {SAMPLES:,} in {one.seconds:.2f} s; a density takes {one.evaluations} evaluations of f")
+        portraits.append(one)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draw(portraits).savefig(output, dpi=110)
     print(f"picture      {output.resolve()}")
 
 
-def _portrait(name: str) -> Portrait:
-    card = load_card(name)
-    assert card.data is not None
-    flow = cast(FFJORD, create_model(name, pretrained=True).eval())
-    truth = _density(card.data.name)
-    began = time.perf_counter()
+def portray(name: str, flow: ContinuousFlow, truth: Any, nll: float, true_nll: float) -> Portrait:
+    """Samples of a flow, and its density on a grid beside the true one.
+
+    Args:
+        name: what to call it.
+        flow: of points in the plane.
+        truth: the `PlaneDensity` that it learned.
+        nll: the flow's on fresh points, to be told.
+        true_nll: the density's own on the same.
+    """
     with torch.no_grad():
+        began = time.perf_counter()
         samples = flow.sample(SAMPLES)
         seconds = time.perf_counter() - began
         line = torch.linspace(-truth.extent, truth.extent, GRID, dtype=torch.float64)
@@ -70,16 +94,11 @@ def _portrait(name: str) -> Portrait:
         grid = torch.cartesian_prod(line, line).flip(1)
         carried = flow.transport(grid.float())
         density = (flow.base_log_prob(carried.value) + carried.log_det).exp()
-    cell = float(line[1] - line[0]) ** 2
-    print(f"\n{name}: {card.parameters:,} parameters")
-    nll, true_nll = card.metrics["nll"], card.metrics["true_nll"]
-    print(f"  -log p     {nll:.3f} nats a fresh point; the true density's own {true_nll:.3f}")
-    print(f"  total      {float(density.sum()) * cell:.4f}, the density added up over the picture's {GRID}^2 cells")
-    evaluations = int(carried.solution.stats.evaluations.max())
-    print(f"  samples    {SAMPLES:,} in {seconds:.2f} s; a density takes {evaluations} evaluations of f")
     shape = (GRID, GRID)
-    exact = truth.log_prob(grid).exp().view(shape)
-    return Portrait(name, truth.extent, exact, density.view(shape), samples, nll, true_nll)
+    return Portrait(
+        name, truth.extent, truth.log_prob(grid).exp().view(shape), density.view(shape), samples, nll, true_nll,
+        int(carried.solution.stats.evaluations.max()), seconds,
+    )  # fmt: skip
 
 
 def _density(data: str) -> Any:
@@ -90,7 +109,7 @@ def _density(data: str) -> Any:
     return load_data(data).density
 
 
-def draw(path: Path, portraits: Sequence[Portrait]) -> None:
+def draw(portraits: Sequence[Portrait]) -> Figure:
     """One row a flow: the true density, the flow's, and samples of it."""
     from matplotlib.figure import Figure
 
@@ -108,5 +127,4 @@ def draw(path: Path, portraits: Sequence[Portrait]) -> None:
         row[2].set_title(f"{len(portrait.samples):,} samples of the flow", fontsize=10)
         for axis in row:
             axis.set(xlim=(-e, e), ylim=(-e, e), aspect="equal", xticks=[], yticks=[])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    return figure

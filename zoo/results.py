@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..solvers.diagnose import peak_memory
 from .cards import Card
 from .factory import create_model
+from .steps import forced_steps
 
-# What stands for a model of a task, and what one use of it is.
-METRICS = {"image-classification": "accuracy", "density": "nll"}
-USES: dict[str, Callable[[Any, Tensor], Tensor]] = {"density": lambda model, inputs: model.log_prob(inputs)}
+# What a user does with a model, on one batch.
+Use = Callable[[nn.Module, Any], Any]
 REPEATS = 5
+STEPS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,9 @@ class Result:
         milliseconds: of processor time per sample of a batch without gradients, on one thread.
         memory: peak of the same in MiB, beyond model and inputs; for the whole batch.
         memory_backward: peak of forward and backward pass in MiB, for the whole batch.
+        memory_growth: what that peak is multiplied by when every solve takes 32 steps instead of 16: about 1 where
+            training keeps nothing of a solve's steps, up to 2 where it keeps them all, as it does of small states;
+            None for models without a solve that can be told how long to be.
         checkpoint: size of the file of weights in KiB.
     """
 
@@ -49,15 +54,17 @@ class Result:
     milliseconds: float | None
     memory: float | None
     memory_backward: float | None
+    memory_growth: float | None
     checkpoint: float
 
 
-def result(card: Card, inputs: Tensor | None) -> Result:
+def result(card: Card, batch: Any = None, use: Use | None = None) -> Result:
     """The row of one card.
 
     Args:
         card: of pretrained weights.
-        inputs: a batch of the model's test data, on which time and memory are measured; None leaves them out.
+        batch: of the model's test data, on which time and memory are measured; None leaves them out.
+        use: what is measured: it returns tensors, or a structure of them, that gradients can be computed of.
 
     Raises:
         ZooError: the weights are missing or damaged.
@@ -74,32 +81,64 @@ def result(card: Card, inputs: Tensor | None) -> Result:
         milliseconds=None,
         memory=None,
         memory_backward=None,
+        memory_growth=None,
         checkpoint=card.weights.size / 2**10,
     )
-    if inputs is None:
+    if batch is None or use is None:
         return row
     model = create_model(card.name, pretrained=True).eval()
-    use = USES.get(card.task, lambda model, inputs: model(inputs))
     return dataclasses.replace(
         row,
-        evaluations=_evaluations(model, inputs) if row.evaluations is None else row.evaluations,
-        milliseconds=1000 * _seconds(lambda: use(model, inputs)) / len(inputs),
-        memory=_peak(lambda: use(model, inputs)),
-        memory_backward=peak_memory(lambda: use(model, inputs).sum().backward()) / 2**20,
+        evaluations=_evaluations(model, batch) if row.evaluations is None else row.evaluations,
+        milliseconds=1000 * _seconds(lambda: use(model, batch)) / _rows(batch),
+        memory=_peak(lambda: use(model, batch)),
+        memory_backward=_peak_backward(model, batch, use) / 2**20,
+        memory_growth=_growth(model, batch, use),
     )
 
 
 def main_metric(card: Card) -> str | None:
-    """The metric by which models of the card's task are compared; the card's first where there is no such."""
-    wanted = METRICS.get(card.task)
-    return wanted if wanted in card.metrics else next(iter(card.metrics), None)
+    """The metric by which models of the card's task are compared: the card's first."""
+    return next(iter(card.metrics), None)
 
 
-def _evaluations(model: nn.Module, inputs: Tensor) -> float | None:
+def _rows(batch: Any) -> int:
+    return len(_tensors(batch)[0])
+
+
+def _tensors(structure: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(structure) if isinstance(leaf, Tensor)]
+
+
+def _peak_backward(model: nn.Module, batch: Any, use: Use) -> int:
+    """The most bytes alive in a forward and backward pass; the parameters' gradients are part of them."""
+
+    def run() -> None:
+        made = [leaf for leaf in _tensors(use(model, batch)) if leaf.requires_grad]
+        sum((leaf.sum() for leaf in made), torch.zeros(())).backward()
+
+    try:
+        return peak_memory(run)
+    finally:
+        model.zero_grad()
+
+
+def _growth(model: nn.Module, batch: Any, use: Use) -> float | None:
+    """The peak of forward and backward with solves of twice as many steps, over that with so many."""
+    peaks = []
+    for steps in (STEPS, 2 * STEPS):
+        with forced_steps(model, steps) as solves:
+            if not solves:
+                return None
+            peaks.append(_peak_backward(model, batch, use))
+    return peaks[1] / peaks[0]
+
+
+def _evaluations(model: nn.Module, batch: Any) -> float | None:
     if not hasattr(model, "solve"):
         return None
     with torch.no_grad():
-        solved = model.solve(inputs)  # type: ignore[operator]
+        solved = model.solve(batch[0])  # type: ignore[operator]
     solutions = solved if isinstance(solved, Sequence) else [solved]
     return float(sum(solution.stats.evaluations.double().mean() for solution in solutions))
 

@@ -10,7 +10,7 @@ from restpoint.train import Config, DataConfig, ModelConfig, OptimizerConfig, Tr
 from restpoint.train.cli import _find_recipes, parse
 from restpoint.train.data import DATASETS, Affine, DataError, ImageSet, Source
 from restpoint.train.tasks import ImageClassification, Outcome
-from restpoint.zoo import Card, CheckpointError, create_model, load_card
+from restpoint.zoo import Card, CardError, CheckpointError, Published, create_model, load_card
 from restpoint.zoo.weights import load_state, read_weights
 
 SMALL = {"channels": 8, "stem_channels": [8], "groups": 2, "max_steps": 15, "rtol": 1e-3}
@@ -76,9 +76,24 @@ def test_a_run_learns_reports_and_exports(tmp_path):
     assert card.labels == tuple("abcd")
     assert "32 training images were set aside" in card.data.split
     assert "adjoint" not in card.arguments
+    assert (card.epochs, card.note, card.published, card.picture) == (4, "", (), "")
     model = create_model(card.architecture, **card.arguments)
     load_state(model, read_weights(tmp_path / card.weights.file, card.weights), "test")
     assert evaluate_model(model, data="corners")["accuracy"] > 0.8
+
+
+def test_what_the_literature_says_and_a_picture_come_along(tmp_path):
+    published = [Published("accuracy", 0.9, "a paper, table 1")]
+    train(config(tmp_path, epochs=1, published=published, note="One epoch of a hundred."))
+    card = Card.load(tmp_path / "conv_deq_tiny.corners.json")
+    assert (card.epochs, card.note, list(card.published)) == (1, "One epoch of a hundred.", published)
+    assert (tmp_path / card.picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_figure_for_another_metric_is_refused_in_words(tmp_path):
+    published = [Published("acuracy", 0.9, "a paper")]
+    with pytest.raises(CardError, match="'acuracy' is not among the metrics accuracy"):
+        train(config(tmp_path, epochs=1, published=published))
 
 
 def test_the_shipped_recipe_lowers_the_loss_on_the_digits(tmp_path):

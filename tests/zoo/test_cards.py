@@ -33,6 +33,9 @@ CARD = Card(
     published=(Published("accuracy", 0.98, "a paper, table 1"),),
     seed=0,
     command="restpoint-train --config deq.yaml",
+    epochs=3,
+    note="A tenth of the published epochs.",
+    picture="trial_tiny.ones.png",
 )
 
 
@@ -91,6 +94,9 @@ def changed(path, value):
         ("weights.file", "/etc/x.safetensors", "bare file name"),
         ("weights.file", "a\\x.safetensors", "bare file name"),
         ("weights.file", ".safetensors", "bare file name"),
+        ("picture", "../x.png", "bare file name that ends in .png"),
+        ("picture", "x.svg", "bare file name that ends in .png"),
+        ("epochs", 1.5, "epochs must be of type int"),
         ("weights.source", "http://example.org/x.safetensors", "by https only"),
         ("weights.source", "ftp://localhost/x.safetensors", "by https only"),
         ("weights.source", "file:///etc/x.safetensors", "by https only"),

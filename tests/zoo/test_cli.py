@@ -9,10 +9,11 @@ from PIL import Image
 
 from restpoint.zoo import ImageInput, create_model, load_card, save_pretrained
 from restpoint.zoo.cli import main
+from restpoint.zoo.files import PACKAGE_CHECKPOINTS
 from restpoint.zoo.predict import predict_files, read_image
 from restpoint.zoo.tables import comma_separated, markdown, table
 
-COMMANDS = ["list", "info", "predict", "evaluate", "results", "demo", "train"]
+COMMANDS = ["list", "info", "predict", "evaluate", "picture", "results", "demo", "train"]
 
 
 @pytest.fixture
@@ -172,6 +173,24 @@ def test_evaluate_sets_what_is_measured_beside_the_card(capsys):
     assert float(value) == pytest.approx(float(card), abs=2e-3)
 
 
+def test_a_picture_is_drawn_again_as_its_card_has_it(tmp_path, capsys):
+    status, out, _ = run(capsys, "picture", "conv_deq_tiny.digits", "--output", str(tmp_path / "new" / "a.png"))
+    assert (status, out) == (0, f"wrote {tmp_path / 'new' / 'a.png'}\n")
+    shipped = PACKAGE_CHECKPOINTS / load_card("conv_deq_tiny.digits").picture
+    with Image.open(tmp_path / "new" / "a.png") as ours, Image.open(shipped) as theirs:
+        assert ours.size == theirs.size
+        assert np.abs(np.asarray(ours.convert("L"), float) - np.asarray(theirs.convert("L"), float)).mean() < 1
+
+
+def test_a_model_without_data_or_drawing_says_so(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "picture", "trial_tiny.ones")[0] == 1
+    status, _, err = run(capsys, "picture", "bilstm_crf_small.ewt")
+    assert status == 1
+    assert "data-dir" in err
+    assert not list(tmp_path.glob("*.png"))
+
+
 def test_results_are_measured(capsys):
     status, out, err = run(capsys, "results", "conv_deq_tiny.*", "ode_net_tiny.*", "--json", "--batch", "2")
     assert status == 0
@@ -185,6 +204,8 @@ def test_results_are_measured(capsys):
         assert row["evaluations"] > 1
         assert row["milliseconds"] > 0
         assert 0 < row["memory"] < row["memory_backward"]
+    assert rows[0]["memory_growth"] == pytest.approx(1, abs=0.05)
+    assert rows[1]["memory_growth"] > 1  # a trajectory of two small states is kept
 
 
 def test_results_of_data_that_are_not_here_say_so(tiny, capsys):

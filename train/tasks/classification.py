@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,13 @@ from ...solvers import Solution
 from ...solvers.diagnose import jacobian_penalty, spectral_radius
 from ...solvers.options import options
 from ..data.batches import Batch, Mixed
+from ..data.measured import measured_batches
+from ..figures import SHOWN, confusion_figure
 from ..regularise import growth_penalty
 from .task import Outcome, Task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Images and products that a look at the spectral radius is worth.
 LOOKED_AT, POWERS = 8, 40
@@ -125,6 +130,24 @@ class ImageClassification(Task):
         radius = spectral_radius(problem.f, state, problem.args, steps=POWERS, generator=generator)
         model.train(was_training)
         return {"spectral_radius": float(radius.mean()), "spectral_radius_max": float(radius.max())}
+
+    def draw(self, model: nn.Module, source: Any) -> Figure:
+        """The confusion matrix of the test set, and some of the images that the model takes for another class."""
+        blueprint = getattr(model, "blueprint", None)
+        card = blueprint.card if blueprint is not None else None
+        how = card.input if card is not None else None
+        truth, predicted = [], []
+        mistakes: list[tuple[Tensor, int, int]] = []
+        device = str(next(model.parameters()).device)
+        for images, labels in measured_batches(source, 500, device=device, how=how):
+            said = model(images).argmax(dim=1)
+            truth.append(labels)
+            predicted.append(said)
+            wrong = (said != labels).nonzero().flatten()[: SHOWN - len(mistakes)]
+            mistakes += [(images[i], int(labels[i]), int(said[i])) for i in wrong.tolist()]
+        return confusion_figure(
+            torch.cat(truth), torch.cat(predicted), source.classes, mistakes, f"test set of {source.name}"
+        )
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)

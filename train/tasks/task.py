@@ -5,11 +5,14 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ...solvers import Solution
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclasses.dataclass
@@ -50,7 +53,34 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def evaluate(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
-        """Metrics over all `batches`, with the model in eval mode and without gradients."""
+        """Metrics over all `batches`, with the model in eval mode and without gradients.
+
+        Returns:
+            Metrics by name; the first is what models of this kind are compared by, in tables and beside the literature.
+        """
+
+    def use(self, model: nn.Module, batch: Any) -> Any:
+        """What a user does with the model, on one batch of evaluation: what it costs is measured.
+
+        Returns:
+            Tensors, or a structure of them, that gradients can be computed of. Where it is not said otherwise that is
+            the model of all that a batch holds but the last, which is what the model should tell.
+        """
+        return model(*batch[:-1])
+
+    def draw(self, model: nn.Module, source: Any) -> Figure | None:
+        """A picture of what the model does, for its card.
+
+        Called in eval mode, without gradients, and with a seed of its own, so that it draws the same whenever it does.
+
+        Args:
+            model: trained.
+            source: the data set, of which the test set is shown.
+
+        Returns:
+            A figure of matplotlib, about 9 by 4 inches; None where there is nothing to see.
+        """
+        return None
 
     def diagnose(self, model: nn.Module, batch: Any) -> dict[str, float]:
         """What costs more than a step and is worth a curve; draws from no global generator."""

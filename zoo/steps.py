@@ -1,0 +1,51 @@
+"""How a model behaves when its solves are longer."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..solvers.fixed_point import FixedPointSolver
+from ..solvers.ode import ConstantController
+
+REFERENCE = 16
+
+
+@contextlib.contextmanager
+def forced_steps(model: nn.Module, steps: int) -> Iterator[int]:
+    """Within the block every solve inside `model` takes so many steps, whatever its tolerances say.
+
+    Rest points are iterated on beyond their tolerance; trajectories are cut into equal steps. Where a layer has fixed
+    steps already, these are multiplied by `steps` / 16.
+
+    Yields:
+        How many layers are told so; layers of another kind, such as quadratic programmes, are left as they are.
+    """
+    before: list[tuple[Any, dict[str, Any]]] = []
+    for layer in model.modules():
+        change = _change(layer, steps)
+        if change:
+            before.append((layer, {name: getattr(layer, name) for name in change}))
+            for name, value in change.items():
+                setattr(layer, name, value)
+    try:
+        yield len(before)
+    finally:
+        for layer, values in before:
+            for name, value in values.items():
+                setattr(layer, name, value)
+
+
+def _change(layer: Any, steps: int) -> dict[str, Any]:
+    if isinstance(getattr(layer, "solver", None), FixedPointSolver) and hasattr(layer, "max_steps"):
+        return {"rtol": 0.0, "atol": 0.0, "max_steps": steps}
+    controller = getattr(layer, "controller", None)
+    if isinstance(controller, ConstantController):
+        return {"controller": dataclasses.replace(controller, dt=controller.dt * REFERENCE / steps)}
+    if controller is not None and isinstance(getattr(layer, "t", None), tuple):
+        return {"controller": ConstantController(dt=abs(layer.t[1] - layer.t[0]) / steps)}
+    return {}
