@@ -18,10 +18,12 @@ from .cards import Card
 from .errors import ZooError
 from .factory import create_model
 from .files import write_atomically
+from .parse import Parsed, parse_sentences
 from .predict import predict_files
 from .registry import architectures, cards, list_models, load_card, resolve
 from .results import Use, main_metric, result
 from .tables import comma_separated, flatten, markdown, table
+from .tag import TASKS as TAGGING
 from .tag import Tagged, predict_sentences
 from .write import Written, continue_texts
 
@@ -112,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "predict",
         _predict,
-        "classify image files, tag sentences, or continue texts",
+        "classify image files, tag or parse sentences, or continue texts",
         "restpoint predict conv_deq_small.mnist digit.png --top 3",
     )
     sub.add_argument("name", help="architecture.tag, or local-dir:DIR")
@@ -223,8 +225,10 @@ def _info(options: argparse.Namespace) -> int:
 def _predict(options: argparse.Namespace) -> int:
     card = load_card(options.name)
     model = create_model(options.name, pretrained=True).eval()
-    if card.task == "tagging":
+    if card.task in TAGGING:
         return _tag(predict_sentences(model, card, options.files), options.json)
+    if card.task == "parsing":
+        return _parse(parse_sentences(model, card, options.files), options.json)
     if card.task == "language-modelling":
         how = {"length": options.length, "temperature": options.temperature, "seed": options.seed}
         return _write(continue_texts(model, card, options.files, **how), options.json)
@@ -254,6 +258,14 @@ def _tag(results: Sequence[Tagged], as_json: bool) -> int:
     for r in results:
         rows = zip(r.words, r.tags, r.probabilities, strict=True)
         print(table([{"word": word, "tag": tag, "probability": f"{share:.1%}"} for word, tag, share in rows]))
+    return 0
+
+
+def _parse(results: Sequence[Parsed], as_json: bool) -> int:
+    if as_json:
+        print(json.dumps([dataclasses.asdict(r) for r in results], indent=2))
+    else:
+        print("\n\n".join(r.drawn() for r in results))
     return 0
 
 

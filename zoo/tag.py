@@ -11,6 +11,9 @@ from torch import nn
 from .cards import Card
 from .errors import ZooError
 
+TASKS = ("tagging", "entity-recognition")
+"""What models with a tag for every word are for."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Tagged:
@@ -40,7 +43,7 @@ def predict_sentences(model: nn.Module, card: Card, sentences: Sequence[str]) ->
     Raises:
         ZooError: the card does not describe a tagger; a sentence without words.
     """
-    if card.task != "tagging" or card.labels is None:
+    if card.task not in TASKS or card.labels is None:
         raise ZooError(f"{card.name} does not tag sentences: its task is {card.task}.")
     tagger: Any = model
     try:

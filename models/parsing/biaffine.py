@@ -64,8 +64,8 @@ class BiaffineParser(SentenceEncoder):
         byte_dim: int = 32,
         filters: int = 48,
         widths: tuple[int, ...] = (2, 3, 4),
-        hidden: int = 144,
-        layers: int = 3,
+        hidden: int = 160,
+        layers: int = 2,
         dropout: float = 0.33,
         word_dropout: float = 0.2,
     ) -> None:
@@ -173,5 +173,5 @@ class BiaffineParser(SentenceEncoder):
 
 @register_model(family="biaffine", task="parsing", accepts=BiaffineParser)
 def biaffine_small(**arguments: Any) -> BiaffineParser:
-    """A dependency parser: words and bytes, three bidirectional LSTMs of 144 units, a distribution over trees."""
+    """A dependency parser: words and bytes, two bidirectional LSTMs of 160 units, a distribution over trees."""
     return BiaffineParser(**arguments)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from ...solvers.options import options
 from ..data.conllu import Sentences
-from .tagging import SequenceTagging
+from .sentence_figures import Tree, draw_arcs, draw_tree, least_sure, spelled
+from .tagging import LONGEST, SHORTEST, SOUGHT, SequenceTagging
 
 
 @options
@@ -22,6 +25,32 @@ class DependencyParsing(SequenceTagging):
 
     kind = "parsing"
     metric = "las"
+
+    def draw(self, model: nn.Module, source: Any) -> Figure | None:
+        """The best tree and the probabilities of all arcs, of the sentence of the test set that is doubted most."""
+        if not hasattr(model, "distribution"):
+            return None
+        device = next(model.parameters()).device
+        data = source.test.take(slice(SOUGHT))
+        kept = [i for i, words in enumerate(data.words) if SHORTEST <= len(words) <= LONGEST]
+        if not kept:
+            return None
+        words, trees = (x.to(device) for x in data.take(kept).padded())
+        distribution = model.distribution(words)  # type: ignore[operator]
+        lengths = (words[..., 0] != 0).sum(1).tolist()
+        (i,) = least_sure(zip(lengths, distribution.entropy.tolist(), strict=True), SHORTEST, LONGEST, 1)
+        end = lengths[i]
+        text, truth = spelled(words[i, :end].cpu()), trees[i, :end, 0].tolist()
+        heads, relations = model.decode(words)[i, :end].T.tolist()  # type: ignore[operator]
+        figure = Figure(figsize=(12, 4.4), layout="constrained", facecolor="white")
+        left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
+        draw_tree(left, Tree(text, heads, [source.classes[r] for r in relations], truth))
+        left.set_title("the most probable tree; wrong heads in red", size=11)
+        picture = draw_arcs(right, text, distribution.marginals[i, : end + 1, 1 : end + 1].cpu(), truth)
+        right.set(ylabel="head")
+        right.set_title("probabilities of arcs; circled: what is right, red where missed", size=11)
+        figure.colorbar(picture, ax=right, label="probability")
+        return figure
 
     def evaluate(self, model: nn.Module, batches: Iterable[Sentences]) -> dict[str, float]:
         """How often words hang from the right head, over all words, punctuation included.

@@ -6,11 +6,17 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from ...solvers.options import options
 from ..data.conllu import Sentences
+from .sentence_figures import draw_tags, least_sure, spelled
 from .task import Outcome, Task
+
+# Sentences of which a picture is drawn are sought among the first so many, and as long as can be read.
+SOUGHT = 300
+SHORTEST, LONGEST = 7, 12
 
 
 @options
@@ -28,6 +34,30 @@ class SequenceTagging(Task):
         """Show the model the words that it will be trained on."""
         if hasattr(model, "fit"):
             model.fit(torch.cat(source.train.words))  # type: ignore[operator]
+
+    def draw(self, model: nn.Module, source: Any) -> Figure | None:
+        """The probabilities of all tags, in two sentences of the test set that a model with `distribution` doubts."""
+        if not hasattr(model, "distribution"):
+            return None
+        device = next(model.parameters()).device
+        words, tags = source.test.take(slice(SOUGHT)).padded()
+        chain = model.distribution(words.to(device))  # type: ignore[operator]
+        lengths = (tags >= 0).sum(1).tolist()
+        chosen = least_sure(zip(lengths, chain.entropy.tolist(), strict=True), SHORTEST, LONGEST, 2)
+        if not chosen:
+            return None
+        figure = Figure(figsize=(10, 4.4), layout="constrained", facecolor="white")
+        axes = figure.subplots(1, len(chosen), squeeze=False)[0]
+        for axis, i in zip(axes, chosen, strict=True):
+            end = lengths[i]
+            shares = chain.marginals.states[i, :end].cpu()
+            picture = draw_tags(axis, spelled(words[i, :end]), shares, source.classes, tags[i, :end].tolist())
+        figure.colorbar(picture, ax=axes, label="probability", shrink=0.8)
+        figure.suptitle(
+            f"{source.name}: probabilities of tags where they are least sure; circled: what is right, red where missed",
+            size=11,
+        )
+        return figure
 
     def losses(self, model: nn.Module, batch: Sentences, step: int) -> Outcome:
         """Negative log-likelihood in nats a word."""
