@@ -1,6 +1,7 @@
 """Deep equilibrium models."""
 
 from .conv import BranchCell, ConvDEQ, conv_deq_small, conv_deq_tiny
+from .language import CausalCell, DEQLanguageModel, deq_lm_tiny, test_deq_lm
 from .layer import DEQ, Problem
 from .mdeq import (
     MDEQ,
@@ -25,13 +26,16 @@ __all__ = [
     "MDEQ",
     "AddPosition",
     "BranchCell",
+    "CausalCell",
     "ConvDEQ",
+    "DEQLanguageModel",
     "DEQViT",
     "MDEQSegmenter",
     "Problem",
     "TokenCell",
     "conv_deq_small",
     "conv_deq_tiny",
+    "deq_lm_tiny",
     "deq_vit_small",
     "deq_vit_tiny",
     "mdeq_large",
@@ -45,6 +49,7 @@ __all__ = [
     "mdeq_tiny",
     "mdeq_xl_cityscapes",
     "mdeq_xl_imagenet",
+    "test_deq_lm",
     "test_deq_vit",
     "test_mdeq",
 ]

@@ -174,7 +174,9 @@ def read_characters(path: Path) -> tuple[Tensor, tuple[str, ...]]:
 def _load(name: str, data_dir: Path | None, pattern: str, licence: str, citation: str) -> TextSource:
     if data_dir is None:
         raise DataError(f"{name}: give the folder that holds {pattern}.txt, plain or with .gz (--data-dir).")
-    found = sorted(path for end in ("txt", "txt.gz") for path in data_dir.expanduser().glob(f"{pattern}.{end}"))
+    folder = data_dir.expanduser()
+    folder = folder / pattern if (folder / pattern).is_dir() else folder
+    found = sorted(path for end in ("txt", "txt.gz") for path in folder.glob(f"{pattern}.{end}"))
     if len(found) != 1:
         held = f"holds {len(found)} of them" if found else "holds none" if data_dir.is_dir() else "is missing"
         raise DataError(f"{name}: expected one file {pattern}.txt, plain or with .gz, in {data_dir}, which {held}.")
@@ -188,7 +190,7 @@ def tinyshakespeare(data_dir: Path | None = None) -> TextSource:
     """1,115,394 characters of Shakespeare's plays, of 65 kinds; the first nine tenths train, the last is measured.
 
     Args:
-        data_dir: holds tinyshakespeare.txt, plain or with .gz.
+        data_dir: holds tinyshakespeare.txt, plain or with .gz, or a folder tinyshakespeare that does.
 
     Raises:
         DataError: no folder was given, or it does not hold the file.
