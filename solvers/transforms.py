@@ -103,14 +103,18 @@ def no_derivatives() -> Iterator[None]:
         yield
 
 
-def tangents_in_transforms() -> contextlib.AbstractContextManager[None]:
-    """For the jvp of an autograd Function: tangents of enclosing transforms of torch.func are recorded inside.
+@contextlib.contextmanager
+def tangents_of_others(*saved: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """For the jvp of an autograd Function: inside, tangents of the transforms of torch.func around it are recorded.
 
-    In a backward pass autograd has switched tangents off, and a second forward derivative would be zero without notice.
+    Autograd switches all tangents off there, and those of the other levels would be zero without notice. The tensors
+    that the function saved come back without the tangents of the level that the jvp is for.
     """
-    if not inside_transform():
-        return contextlib.nullcontext()
-    return forward_ad._set_fwd_grad_enabled(True)
+    if not inside_transform() or forward_ad._current_level < 0:
+        yield saved
+        return
+    with forward_ad._set_fwd_grad_enabled(True):
+        yield tuple(torch.ops.aten._fw_primal(tensor, 0) for tensor in saved)
 
 
 @functools.cache

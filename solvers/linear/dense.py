@@ -10,8 +10,11 @@ from torch import Tensor
 
 from ..options import options
 from ..solution import Status
+from ..transforms import inside_vmap
 from ..tree import norms
 from .solver import LinearSolver, Map, Result, System
+
+_back = torch.linalg.solve_triangular
 
 
 class DirectSolver(LinearSolver):
@@ -67,6 +70,14 @@ class LU(DirectSolver):
 
     def _factorise(self, matrix: Tensor) -> tuple[Map, Map, Tensor]:
         factors, pivots, info = torch.linalg.lu_factor_ex(matrix)
+        if inside_vmap():
+            # Mapped over the right-hand sides inside a map over both, lu_solve pairs them with other matrices' factors.
+            order, lower, upper = torch.lu_unpack(factors, pivots)
+            return (
+                lambda v: _back(upper, _back(lower, order.mT @ v, upper=False, unitriangular=True), upper=True),
+                lambda v: order @ _back(lower.mT, _back(upper.mT, v, upper=False), upper=True, unitriangular=True),
+                info != 0,
+            )
         return (
             lambda v: torch.linalg.lu_solve(factors, pivots, v),
             lambda v: torch.linalg.lu_solve(factors, pivots, v, adjoint=True),

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..options import require
 from ..solution import AdjointWarning, Solution
-from ..transforms import all_true, plain
+from ..transforms import all_true, plain, tangents_of_others
 from ..tree import flatten
 from .auto import Auto
 from .operator import LinearOperator
@@ -83,8 +83,6 @@ def _solve_matrix(matrix: Tensor, b: Any, solver: LinearSolver, x0: Tensor | Non
 class _Attach(torch.autograd.Function):
     """x, found by other means, as a function of A and b: A dx = db - dA x."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(matrix: Tensor, b: Tensor, x: Tensor, solver: LinearSolver) -> Tensor:
         return x.clone()
@@ -103,12 +101,24 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        matrix, x = ctx.saved_tensors
         d_matrix, d_b = tangents[:2]
-        right = torch.zeros_like(x) if d_b is None else d_b
-        if d_matrix is not None:
-            right = right - torch.bmm(d_matrix, x.unsqueeze(2)).squeeze(2)
-        return _solve_derivative(matrix, right, ctx.solver)
+        with tangents_of_others(*ctx.saved_tensors) as (matrix, x):
+            right = torch.zeros_like(x) if d_b is None else d_b
+            if d_matrix is not None:
+                right = right - torch.bmm(d_matrix, x.unsqueeze(2)).squeeze(2)
+            return _solve_derivative(matrix, right, ctx.solver)
+
+    @staticmethod
+    def vmap(
+        info: Any, dims: tuple[int | None, ...], matrix: Tensor, b: Tensor, x: Tensor, solver: LinearSolver
+    ) -> tuple[Tensor, int]:
+        size = info.batch_size
+        front = (
+            t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+            for t, dim in zip((matrix, b, x), dims, strict=False)
+        )
+        solved = _Attach.apply(*(t.flatten(0, 1) for t in front), solver)
+        return solved.unflatten(0, (size, -1)), 0
 
 
 def _solve_derivative(matrix: Tensor, right: Tensor, solver: LinearSolver) -> Tensor:

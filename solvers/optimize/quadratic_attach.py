@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..solution import AdjointWarning
-from ..transforms import any_true, tangents_in_transforms
+from ..transforms import any_true, tangents_of_others
 from .quadratic_kkt import PRIMAL, PROXIMAL, Saddle, factorise, times, times_transposed
 
 LOOSE = 1e-6
@@ -102,9 +102,8 @@ class _SaddleSolve(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
-        Q, C, W, factor, rows, objective, u, v = ctx.saved_tensors
         dQ, dC, dW, dr, dd = tangents[:5]
-        with tangents_in_transforms():
+        with tangents_of_others(*ctx.saved_tensors) as (Q, C, W, factor, rows, objective, u, v):
             r = torch.zeros_like(u) if dr is None else dr
             d = torch.zeros_like(v) if dd is None else dd
             if dQ is not None:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..transforms import recording_tangents, tangents_of_others
+
 
 def centred(scores: Tensor) -> Tensor:
     """Scores less the largest of their slice, which no map of theirs depends on.
@@ -140,7 +142,8 @@ class Sparsemax(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, direction: Tensor) -> Tensor:
         """The Jacobian times the tangent."""
-        return _tangent(ctx.saved_tensors[0].sign(), direction)
+        with tangents_of_others(*ctx.saved_tensors) as (p,):
+            return _tangent(p.sign(), direction)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None], x: Tensor) -> tuple[Tensor, int]:
@@ -184,10 +187,10 @@ class Entmax15(torch.autograd.Function):
         """The Jacobian times the tangent."""
         if direction is None:
             return None, None
-        (r,) = ctx.saved_tensors
-        mean = (r * direction).sum(-1, keepdim=True) / r.sum(-1, keepdim=True)
-        moved = r.sign() * (direction - mean)
-        return r * moved, moved / 2
+        with tangents_of_others(*ctx.saved_tensors) as (r,):
+            mean = (r * direction).sum(-1, keepdim=True) / r.sum(-1, keepdim=True)
+            moved = r.sign() * (direction - mean)
+            return r * moved, moved / 2
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None], x: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
@@ -230,15 +233,15 @@ class Entmax(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, direction: Tensor | None, of_alpha: Tensor | None) -> Tensor | None:
         """The Jacobian times the tangent."""
-        p, alpha = ctx.saved_tensors
-        s, log = _escort(p, alpha)
-        moved = None if direction is None else _tangent(s, direction)
-        if of_alpha is None:
-            return moved
-        at_fixed_threshold = _by_alpha(p, log, alpha)
-        total = at_fixed_threshold.sum(-1, keepdim=True)
-        own = of_alpha * torch.addcmul(at_fixed_threshold, s, total / s.sum(-1, keepdim=True), value=-1)
-        return own if moved is None else moved + own
+        with tangents_of_others(*ctx.saved_tensors) as (p, alpha):
+            s, log = _escort(p, alpha)
+            moved = None if direction is None else _tangent(s, direction)
+            if of_alpha is None:
+                return moved
+            at_fixed_threshold = _by_alpha(p, log, alpha)
+            total = at_fixed_threshold.sum(-1, keepdim=True)
+            own = of_alpha * torch.addcmul(at_fixed_threshold, s, total / s.sum(-1, keepdim=True), value=-1)
+            return own if moved is None else moved + own
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, int | None], x: Tensor, alpha: Tensor) -> tuple[Tensor, int]:
@@ -257,7 +260,8 @@ def _escort(p: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
 
 def _escort_alone(p: Tensor, alpha: Tensor) -> Tensor:
     """The first of both; faster where nothing is recorded."""
-    return _escort(p, alpha)[0] if torch.is_grad_enabled() else p.pow(2 - alpha).mul_(p.sign())
+    recorded = torch.is_grad_enabled() or recording_tangents()
+    return _escort(p, alpha)[0] if recorded else p.pow(2 - alpha).mul_(p.sign())
 
 
 def _by_alpha(p: Tensor, log: Tensor, alpha: Tensor) -> Tensor:
