@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...models.deq import Problem
 from ...solvers import Solution
 from ...solvers.options import options
-from ..data.text import Texts, TextSource
+from ..data.text import Texts
 from ..regularise import growth_penalty
 from .classification import is_equilibrium, solve_statistics
 from .task import Outcome, Task
@@ -100,7 +100,7 @@ class LanguageModelling(Task):
         }  # fmt: skip
         return {**result, **solve_statistics(solutions), "place_residual_max": worst} if solutions else result
 
-    def draw(self, model: nn.Module, source: TextSource) -> Figure | None:
+    def draw(self, model: nn.Module, source: Any) -> Figure | None:
         """Two places of the test text, continued by a model that can `generate`."""
         if not hasattr(model, "generate"):
             return None
