@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from ..solvers import Stats
 from .tasks import Outcome
 
 log = logging.getLogger("restpoint.train")
@@ -93,14 +94,21 @@ def peak_memory(device: torch.device) -> int:
 def describe(outcome: Outcome, lr: float) -> dict[str, float]:
     """What one step is worth a point of: loss, metrics, learning rate, and how its solves went, both ways."""
     values = {"loss": float(outcome.loss.detach()), **outcome.metrics, "lr": lr}
-    for solution in outcome.solutions:
-        values["evaluations"] = float(solution.stats.evaluations.double().mean())
-        values["residual"] = float(solution.stats.residual.mean())
-        values["converged"] = float(solution.converged.double().mean())
-        if solution.adjoint_stats is not None:
-            values["adjoint_evaluations"] = float(solution.adjoint_stats.evaluations.double().mean())
-            values["adjoint_residual"] = float(solution.adjoint_stats.residual.mean())
+    if outcome.solutions:
+        values |= _solves("", [solution.stats for solution in outcome.solutions])
+        values["converged"] = min(float(solution.converged.double().mean()) for solution in outcome.solutions)
+    backward = [s.adjoint_stats for s in outcome.solutions if s.adjoint_stats is not None]
+    if backward:
+        values |= _solves("adjoint_", backward)
     return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def _solves(prefix: str, stats: list[Stats]) -> dict[str, float]:
+    """The evaluations that all solves of a step took together, a sample, and the largest of their mean residuals."""
+    return {
+        f"{prefix}evaluations": sum(float(one.evaluations.double().mean()) for one in stats),
+        f"{prefix}residual": max(float(one.residual.mean()) for one in stats),
+    }
 
 
 def in_words(values: dict[str, float], digits: int = 4) -> str:

@@ -15,6 +15,7 @@ from ..models.ode import NeuralODE
 from .config import WarmupConfig
 from .tasks import Outcome, Task
 from .unrolled import unrolled
+from .watch import watched
 
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,7 +43,10 @@ class Objective(nn.Module):
                 stack.enter_context(torch.autocast(device, self.autocast))
             if step < self.warmup.steps:
                 stack.enter_context(unrolled(self.model, self.warmup.layers))
+            solves = stack.enter_context(watched(self.model))
             outcome = self.task.losses(self.model, batch, step)
+        if not outcome.solutions:
+            outcome.solutions = solves
         return outcome.loss, outcome
 
 

@@ -10,6 +10,7 @@ from restpoint.train import Config, DataConfig, ModelConfig, OptimizerConfig, Tr
 from restpoint.train.cli import _find_recipes, parse
 from restpoint.train.data import DATASETS, Affine, DataError, ImageSet, Source
 from restpoint.train.tasks import ImageClassification, Outcome
+from restpoint.train.watch import effort, watched
 from restpoint.zoo import Card, CardError, CheckpointError, Published, create_model, load_card
 from restpoint.zoo.weights import load_state, read_weights
 
@@ -80,6 +81,31 @@ def test_a_run_learns_reports_and_exports(tmp_path):
     model = create_model(card.architecture, **card.arguments)
     load_state(model, read_weights(tmp_path / card.weights.file, card.weights), "test")
     assert evaluate_model(model, data="corners")["accuracy"] > 0.8
+
+
+def test_the_solves_of_any_model_have_curves(tmp_path):
+    model = ModelConfig("ode_net_tiny", arguments={"stem_channels": [4], "groups": 2})
+    name = "ode_net_tiny.corners"
+    metrics = train(config(tmp_path, epochs=1, name=name, model=model, task=ImageClassification(), log_every=1))
+    points = curves(tmp_path)
+    assert points["train/evaluations"][-1] > 1
+    assert points["train/adjoint_evaluations"][-1] >= 0
+    assert points["train/residual"][-1] <= 1  # in units of the tolerance
+    assert points["train/converged"][-1] == metrics["converged"] == 1
+    assert metrics["evaluations_max"] >= metrics["evaluations"] > 1
+
+
+def test_several_solves_are_counted_together_and_the_model_is_left_as_it_was():
+    model = create_model("test_ode_convnext", num_classes=3, in_chans=1).eval()
+    images = torch.randn(2, 1, 16, 16)
+    with watched(model) as solves:
+        model(images)
+    alone = model.solve(images)
+    assert len(solves) == len(alone) > 1
+    evaluations, converged = effort(solves)
+    assert evaluations.tolist() == sum(solution.stats.evaluations for solution in alone).tolist()
+    assert converged.all()
+    assert not any("solve" in vars(layer) for layer in model.modules())
 
 
 def test_what_the_literature_says_and_a_picture_come_along(tmp_path):

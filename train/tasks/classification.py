@@ -16,6 +16,7 @@ from ..data.batches import Batch, Mixed
 from ..data.measured import measured_batches
 from ..figures import SHOWN, confusion_figure
 from ..regularise import growth_penalty
+from ..watch import effort, watched
 from .task import Outcome, Task
 
 if TYPE_CHECKING:
@@ -89,14 +90,15 @@ class ImageClassification(Task):
         """Accuracy, cross-entropy, and for equilibrium models how the solves went.
 
         Returns:
-            accuracy and cross_entropy; for equilibrium models also evaluations (mean a sample), evaluations_max,
-            residual_max and converged (the share of samples).
+            accuracy and cross_entropy; for models with solves also evaluations (of all solves together, the mean over
+            the samples), evaluations_max and converged (the share of samples), and for equilibrium models residual_max.
         """
         was_training = model.training
         model.eval()
         hits = count = 0
         entropy = 0.0
         solutions: list[Solution[Any]] = []
+        efforts: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
             for images, labels in batches:
                 if is_equilibrium(model):
@@ -105,12 +107,18 @@ class ImageClassification(Task):
                     solution.value = None
                     solutions.append(solution)
                 else:
-                    logits = model(images)
+                    with watched(model) as solves:
+                        logits = model(images)
+                    efforts += [effort(solves)] if solves else []
                 hits += int((logits.argmax(dim=1) == labels).sum())
                 entropy += float(F.cross_entropy(logits, labels, reduction="sum"))
                 count += len(labels)
         model.train(was_training)
         result = {"accuracy": hits / count, "cross_entropy": entropy / count}
+        if efforts:
+            evaluations, converged = (torch.cat(parts).double() for parts in zip(*efforts, strict=True))
+            result |= {"evaluations": float(evaluations.mean()), "evaluations_max": float(evaluations.max())}
+            result["converged"] = float(converged.mean())
         return {**result, **solve_statistics(solutions)} if solutions else result
 
     def diagnose(self, model: nn.Module, batch: Batch | Mixed) -> dict[str, float]:

@@ -22,7 +22,8 @@ class Outcome:
     Attributes:
         loss: scalar, to be differentiated.
         metrics: scalars worth a curve.
-        solutions: the solves on the way; their adjoint_stats fill in when the loss is differentiated.
+        solutions: the solves on the way, whose adjoint_stats fill in when the loss is differentiated. Where a task
+            leaves them out, the loop finds those of the model's layers by itself.
     """
 
     loss: Tensor
