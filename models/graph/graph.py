@@ -29,14 +29,13 @@ class Graph:
     values: Float[Tensor, " entries"]
 
     @staticmethod
-    def of(
-        edge_index: Int[Tensor, "2 edges"], features: Float[Tensor, "nodes features"], undirected: bool = False
-    ) -> Graph:
+    def of(edge_index: Tensor, features: Tensor, undirected: bool = False) -> Graph:
         """A graph of dense features.
 
         Args:
-            edge_index: of each edge the node that it comes from and the one that it leads to; one given twice is one.
-            features: zeros are left out.
+            edge_index: (2, edges), of each edge the node that it comes from and the one that it leads to; an edge given
+                twice is one.
+            features: (nodes, features); zeros are left out.
             undirected: add the opposite of every edge.
 
         Raises:

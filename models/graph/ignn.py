@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ...solvers import ImplicitAdjoint, Picard, Solution, fixed_point
 from ...solvers.fixed_point import FixedPointSolver
 from ...solvers.fixed_point.api import AnyAdjoint
-from ...solvers.optimize import project_l1_ball
 from ...solvers.options import check_real
 from ..deq.layer import Problem
 from ..registry import register_model
@@ -47,9 +46,9 @@ class WellPosed:
 class ImplicitGraph(nn.Module):
     """X = relu(A X W' + B), the unique rest point for every B: the i-th row is what node i says.
 
-    W is the projection of the parameter `weight`, row by row, onto the ball of L1 norm kappa / perron(A), so that the
-    rest point is unique for whatever parameters: `well_posed` says why. All nodes are one sample of the solve, since
-    each hears of the others.
+    W is the parameter `weight` with every row scaled down, where need be, to the sum of absolute values
+    kappa / perron(A), so that the rest point is unique for whatever parameters: `well_posed` says why. All nodes are
+    one sample of the solve, since each hears of the others.
 
     Args:
         channels: columns of X.
@@ -60,8 +59,9 @@ class ImplicitGraph(nn.Module):
     Raises:
         ValueError: kappa is not between 0 and 1.
 
-    Source: Gu, Chang, Zhu, Sojoudi and El Ghaoui 2020, equation 4. They project the parameter itself after every step
-    of the optimiser; here the map is projected, so that no optimiser can leave it, and momentum is kept.
+    Source: Gu, Chang, Zhu, Sojoudi and El Ghaoui 2020, equation 4. They project the parameter onto that ball after
+    every step of the optimiser, which makes most of its entries zero; here the map itself is kept inside, so that no
+    optimiser can leave it, and no entry stops learning.
     """
 
     def __init__(
@@ -78,14 +78,17 @@ class ImplicitGraph(nn.Module):
         super().__init__()
         self.kappa = check_real("ImplicitGraph: ", "kappa", kappa, lambda k: 0 < k < 1, "between 0 and 1")
         self.weight = nn.Parameter(torch.empty(channels, channels))
-        nn.init.uniform_(self.weight, -(channels**-0.5), channels**-0.5)
+        with torch.no_grad():
+            # Near the identity, whose rest point is personalised PageRank of what is injected.
+            self.weight.uniform_(-0.1 / channels, 0.1 / channels).add_(torch.eye(channels))
         self.solver = Picard() if solver is None else solver
         self.adjoint = ImplicitAdjoint() if adjoint is None else adjoint
         self.rtol, self.atol, self.max_steps = rtol, atol, max_steps
 
     def matrix(self, graph: Graph) -> Float[Tensor, "channels channels"]:
         """W as this graph allows it."""
-        return project_l1_ball(self.weight, self.kappa / graph.perron, dim=1)
+        sums = self.weight.abs().sum(1, keepdim=True)
+        return self.weight * (self.kappa / graph.perron / sums).clamp(max=1.0)
 
     def well_posed(self, graph: Graph) -> WellPosed:
         """The certificate of the rest point on this graph."""

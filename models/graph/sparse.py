@@ -26,8 +26,12 @@ class Pattern:
     shape: tuple[int, int]
 
     @staticmethod
-    def of(row: Int[Tensor, " given"], column: Int[Tensor, " given"], shape: tuple[int, int]) -> Pattern:
+    def of(row: Tensor, column: Tensor, shape: tuple[int, int]) -> Pattern:
         """The pattern of these entries in any order; an entry given twice counts once.
+
+        Args:
+            row, column: of each entry, integers (given,).
+            shape: of the matrix.
 
         Raises:
             ValueError: the indices are no integers, of different lengths, or beyond the shape.
@@ -62,10 +66,12 @@ class Pattern:
         """On this device."""
         return Pattern(self.row.to(device), self.column.to(device), self.shape)
 
-    def matmul(
-        self, values: Float[Tensor, " entries"], x: Float[Tensor, "columns width"]
-    ) -> Float[Tensor, "rows width"]:
+    def matmul(self, values: Tensor, x: Tensor) -> Float[Tensor, "rows width"]:
         """The product of the matrix with these entries and x, differentiable in both, to any order.
+
+        Args:
+            values: (entries,).
+            x: (columns, width).
 
         Raises:
             ValueError: the entries or the rows of x are too few or too many.

@@ -9,6 +9,7 @@ from .digits import digits
 from .folder import FolderBatches, FolderSource, image_folder
 from .mix import MixedBatches
 from .mnist import mnist
+from .physics import TrajectoryBatches, TrajectorySource, pendulum, two_bodies
 from .physionet import physionet2012, physionet2012_hourly
 from .pixels import PixelBatches, PixelSource
 from .planetoid import NodeBatches, NodeSource, citeseer, cora
@@ -46,6 +47,8 @@ __all__ = [
     "TaggedSource",
     "TextBatches",
     "TextSource",
+    "TrajectoryBatches",
+    "TrajectorySource",
     "cifar10",
     "citeseer",
     "cora",
@@ -53,6 +56,7 @@ __all__ = [
     "image_folder",
     "load_data",
     "mnist",
+    "pendulum",
     "physionet2012",
     "physionet2012_hourly",
     "register_data",
@@ -61,5 +65,6 @@ __all__ = [
     "ts_source",
     "ud_english_ewt",
     "ud_english_ewt_trees",
+    "two_bodies",
     "wnut17",
 ]

@@ -10,6 +10,7 @@ from .parsing import DependencyParsing
 from .series import SeriesClassification
 from .tagging import SequenceTagging
 from .task import Outcome, Task
+from .trajectories import TrajectoryRegression
 
 __all__ = [
     "DensityEstimation",
@@ -23,4 +24,5 @@ __all__ = [
     "SequenceTagging",
     "SeriesClassification",
     "Task",
+    "TrajectoryRegression",
 ]
