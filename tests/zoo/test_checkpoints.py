@@ -2,18 +2,21 @@
 
 import csv
 import dataclasses
+import shlex
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
+from restpoint.train.cli import RECIPES
 from restpoint.train.evaluate import evaluate_model
-from restpoint.zoo import create_model, list_models, load_card
+from restpoint.zoo import Published, create_model, list_models, load_card
 from restpoint.zoo.files import PACKAGE_CHECKPOINTS
 
 NAMES = sorted(path.stem for path in PACKAGE_CHECKPOINTS.glob("*.json"))
 # Trained before cards had pictures and said how long.
-UNDRAWN = {"bilstm_crf_small.ewt", "mon_conv_small.mnist"}
+UNDRAWN = {"mon_conv_small.mnist"}
 
 
 def test_cards_and_weights_come_in_pairs(home):
@@ -38,6 +41,18 @@ def test_a_picture_can_be_looked_at(name):
     with Image.open(path) as picture:
         picture.load()
         assert (picture.format, min(picture.size) > 150) == ("PNG", True)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in UNDRAWN])
+def test_the_recipe_that_a_card_names_says_the_same(name):
+    card = load_card(name)
+    words = shlex.split(card.command)
+    recipe = yaml.safe_load((RECIPES / words[words.index("--config") + 1]).read_text())
+    assert recipe["name"] == name
+    assert recipe["model"]["name"] == card.architecture
+    assert recipe["data"]["name"] == card.data.name
+    assert (recipe["epochs"], recipe.get("note", ""), recipe.get("seed", 0)) == (card.epochs, card.note, card.seed)
+    assert tuple(Published(**figure) for figure in recipe.get("published", [])) == card.published
 
 
 @pytest.mark.parametrize("name", NAMES)
