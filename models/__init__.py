@@ -4,23 +4,30 @@ from .attention import CRF, SparseAttention, StructuredAttention, StructuredLate
 from .deq import DEQ
 from .dropout import VariationalDropout
 from .flow import ContinuousFlow
+from .graph import GRAND, IGNN
 from .monotone import MonotoneDEQ
 from .ode import NeuralODE
 from .optimization import ArgminLayer, OptNetSudoku, QPLayer
+from .physics import HamiltonianNetwork, SecondOrderODE, UnstructuredODE
 from .tagging import BiLSTMCRF
 
 __all__ = [
     "CRF",
     "DEQ",
+    "GRAND",
+    "IGNN",
     "ArgminLayer",
     "BiLSTMCRF",
     "ContinuousFlow",
+    "HamiltonianNetwork",
     "MonotoneDEQ",
     "NeuralODE",
     "OptNetSudoku",
     "QPLayer",
+    "SecondOrderODE",
     "SparseAttention",
     "StructuredAttention",
     "StructuredLatent",
+    "UnstructuredODE",
     "VariationalDropout",
 ]
