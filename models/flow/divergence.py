@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...solvers.options import options
+from ...solvers.options import options, suggest
 from ...solvers.transforms import inside_transform
 
 Derivative = Callable[[Tensor], Tensor]
@@ -192,3 +192,28 @@ def _recorded(f: Derivative, y: Tensor) -> tuple[Tensor, Callable[[Tensor], Tens
         return product
 
     return (out if record else out.detach()), pull
+
+
+# By name, because a card holds an architecture's arguments as words and numbers.
+DIVERGENCES: dict[str, Divergence] = {
+    "exact": ExactTrace(),
+    "rademacher": Hutchinson("rademacher"),
+    "gaussian": Hutchinson("gaussian"),
+    "hutch++": HutchPlusPlus(),
+}
+
+
+def named_divergence(divergence: str | Divergence, model: str) -> Divergence:
+    """A divergence that may be given by its name, for `model`, which the message names.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if not isinstance(divergence, str):
+        return divergence
+    if divergence not in DIVERGENCES:
+        raise ValueError(
+            f"{model}: divergence must be one of {', '.join(map(repr, DIVERGENCES))}; got {divergence!r}."
+            f"{suggest(divergence, list(DIVERGENCES))}"
+        )
+    return DIVERGENCES[divergence]

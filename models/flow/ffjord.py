@@ -11,18 +11,9 @@ from torch import Tensor, nn
 
 from ...solvers.ode import CheckpointAdjoint, Controller, Method
 from ...solvers.ode.adjoint import Adjoint
-from ...solvers.options import suggest
 from ..registry import register_model
-from .divergence import Divergence, ExactTrace, Hutchinson, HutchPlusPlus
+from .divergence import Divergence, named_divergence
 from .layer import ContinuousFlow
-
-# By name, because a card holds an architecture's arguments as words and numbers.
-DIVERGENCES: dict[str, Divergence] = {
-    "exact": ExactTrace(),
-    "rademacher": Hutchinson("rademacher"),
-    "gaussian": Hutchinson("gaussian"),
-    "hutch++": HutchPlusPlus(),
-}
 
 
 class ConcatSquash(nn.Module):
@@ -103,17 +94,10 @@ class FFJORD(ContinuousFlow):
         atol: float = 1e-5,
         max_steps: int = 10_000,
     ) -> None:
-        if isinstance(divergence, str):
-            if divergence not in DIVERGENCES:
-                raise ValueError(
-                    f"FFJORD: divergence must be one of {', '.join(map(repr, DIVERGENCES))}; got {divergence!r}."
-                    f"{suggest(divergence, list(DIVERGENCES))}"
-                )
-            divergence = DIVERGENCES[divergence]
         super().__init__(
             ConcatSquashField(dim, hidden),
             dim,
-            divergence=divergence,
+            divergence=named_divergence(divergence, "FFJORD"),
             t=t,
             solver=solver,
             controller=controller,

@@ -13,8 +13,9 @@ from torch.distributions import Distribution, Independent, Normal
 
 from ...solvers.ode import CheckpointAdjoint, Controller, Method, ODESolution, PIDController, Tsit5, solve_ode
 from ...solvers.ode.adjoint import Adjoint
-from ...solvers.options import require
+from ...solvers.options import require, suggest
 from ..ode.field import Field, hold, refuse_unsteady, takes_time
+from .coupling import COUPLINGS
 from .divergence import Divergence, ExactTrace, Noise
 
 
@@ -182,7 +183,9 @@ class ContinuousFlow(nn.Module):
         kinetic, jacobian = lengths.unbind(1) if energies else (None, None)
         return Transport(value, integrals[:, 0], kinetic, jacobian, solution)
 
-    def matching_loss(self, x: Float[Tensor, "batch *shape"], args: tuple[Any, ...] = ()) -> Float[Tensor, " batch"]:
+    def matching_loss(
+        self, x: Float[Tensor, "batch *shape"], args: tuple[Any, ...] = (), *, coupling: str = "independent"
+    ) -> Float[Tensor, " batch"]:
         """How far the field is from moving the base to the data at constant speed on straight lines; no solve.
 
         Each x is paired with a fresh z of the base and a time, uniform between the flow's; the loss is the squared
@@ -192,10 +195,20 @@ class ContinuousFlow(nn.Module):
         Args:
             x: points of the data's space.
             args: further arguments of the field; tensors among them have the batch in front.
+            coupling: "independent", or "optimal" to pair the batch's z and x by least total squared distance.
 
-        Source: Lipman et al. 2023, equation 23 with sigma_min = 0; Tong et al. 2024 (independent coupling).
+        Raises:
+            ValueError: another coupling.
+
+        Source: Lipman et al. 2023, equation 23 with sigma_min = 0; Tong et al. 2024 (both couplings).
         """
+        if coupling not in COUPLINGS:
+            raise ValueError(
+                f"ContinuousFlow: coupling must be one of {', '.join(map(repr, COUPLINGS))}; got {coupling!r}."
+                f"{suggest(coupling, list(COUPLINGS))}"
+            )
         z = self._base(x).sample(torch.Size([len(x)])).to(x)
+        z = z[COUPLINGS[coupling](z, x)]
         share = torch.rand(len(x), dtype=x.dtype, device=x.device)
         start, length = self.t[0], self.t[1] - self.t[0]
         field, args = hold(self.field, self._timed, start, x, args)

@@ -17,6 +17,7 @@ from .series import Series, SeriesBatches, SeriesSource
 from .source import DATASETS, AnySource, DataError, ImageSet, Source, load_data, register_data
 from .text import TextBatches, TextSource, text_file, tinyshakespeare
 from .trees import ParsedSource, ud_english_ewt_trees
+from .uci import TableBatches, TableSource
 from .uea import ts_source
 from .wnut17 import wnut17
 
@@ -45,6 +46,8 @@ __all__ = [
     "Source",
     "TaggedSet",
     "TaggedSource",
+    "TableBatches",
+    "TableSource",
     "TextBatches",
     "TextSource",
     "TrajectoryBatches",

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ...models.flow import ContinuousFlow
 from ...solvers.options import options
-from ..data.density import Points
+from ...zoo.demo_flow import draw, portray
+from ..data.density import Points, PointSource
+from ..data.uci import TableSource
+from .flow_figures import table_figure
 from .task import Outcome, Task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PIXELS = 96
 
@@ -75,13 +81,15 @@ class DensityEstimation(Task):
         return {"samples": picture.unsqueeze(0)}
 
     def evaluate(self, model: nn.Module, batches: Iterable[Points]) -> dict[str, float]:
-        """Likelihood of points whose true density is known.
+        """Likelihood of points whose log density is known, the true one or where `batches.reference` says so another's.
 
         Returns:
-            In nats a point: log_likelihood of the model; nll, its negative; true_nll, what the true density itself
-            reaches on the same points; divergence, their difference: an unbiased estimate of the Kullback-Leibler
-            divergence of the model from the truth, and its standard error. For continuous flows also evaluations
-            (mean a point).
+            In nats a point: log_likelihood of the model; nll, its negative. Where the true density is known: true_nll,
+            what it reaches on the same points; divergence, their difference: an unbiased estimate of the
+            Kullback-Leibler divergence of the model from the truth, and its standard error. For tables:
+            gaussian_log_likelihood, that of the normal distribution fitted to the training rows, log_likelihood_error,
+            the standard error of the mean, and gain over the normal distribution, with its own. For continuous flows
+            also evaluations (mean a point).
         """
         was_training = model.training
         model.eval()
@@ -98,15 +106,35 @@ class DensityEstimation(Task):
                     found.append(model.log_prob(points).double())  # type: ignore[operator]
                 truth.append(log_p.double())
         model.train(was_training)
-        log_q, gap = torch.cat(found), torch.cat(truth) - torch.cat(found)
-        result: dict[str, Any] = {
-            "log_likelihood": float(log_q.mean()),
-            "nll": -float(log_q.mean()),
-            "true_nll": -float(torch.cat(truth).mean()),
-            "divergence": float(gap.mean()),
-            "divergence_error": float(gap.std()) / math.sqrt(len(gap)),
-        }
+        log_q, log_p = torch.cat(found), torch.cat(truth)
+        result: dict[str, Any] = {"log_likelihood": float(log_q.mean()), "nll": -float(log_q.mean())}
+        if getattr(batches, "reference", "true") == "gaussian":
+            result |= {"log_likelihood_error": _error(log_q), "gaussian_log_likelihood": float(log_p.mean())}
+            result |= {"gain": float((log_q - log_p).mean()), "gain_error": _error(log_q - log_p)}
+        else:
+            result |= {"true_nll": -float(log_p.mean()), "divergence": float((log_p - log_q).mean())}
+            result |= {"divergence_error": _error(log_p - log_q)}
         return {**result, "evaluations": float(torch.cat(evaluations).mean())} if evaluations else result
+
+    def use(self, model: nn.Module, batch: Points) -> Tensor:
+        """The points' log density."""
+        return model.log_prob(batch[0])  # type: ignore[operator]
+
+    def draw(self, model: nn.Module, source: Any) -> Figure | None:
+        """For continuous flows: in the plane the true density, the model's, and samples; of tables rows and samples."""
+        if isinstance(model, ContinuousFlow) and isinstance(source, TableSource):
+            rows = source.test[:1000].float()
+            return table_figure(rows, model.sample(len(rows)).cpu(), f"{source.name}: the target against other columns")
+        if not (isinstance(model, ContinuousFlow) and isinstance(source, PointSource)):
+            return None
+        measured = self.evaluate(model, source.test_batches(500))
+        name = str(getattr(getattr(model, "blueprint", None), "architecture", type(model).__name__))
+        return draw([portray(name, model, source.density, measured["nll"], measured["true_nll"])])
+
+
+def _error(values: Tensor) -> float:
+    """Standard error of the mean."""
+    return float(values.std()) / math.sqrt(len(values))
 
 
 def _devices(model: nn.Module) -> list[torch.device]:

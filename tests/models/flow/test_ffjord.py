@@ -57,7 +57,7 @@ def test_matching_moves_the_base_to_the_data():
     torch.testing.assert_close(flow.sample(2000).mean(0).detach(), torch.tensor([2.0, -1.0]), rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("name", list_models(task="density", pretrained=False))
+@pytest.mark.parametrize("name", [*list_models(task="density", pretrained=False), "test_image_flow", "image_flow_tiny"])
 def test_every_density_model_has_a_log_density_and_samples(name):
     model = create_model(name)
     x = model.sample(3)
@@ -69,7 +69,11 @@ def test_every_density_model_has_a_log_density_and_samples(name):
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", list_models(task="density", pretrained=True))
+# Tables are no part of the package, and nobody knows their true density.
+PLANE = [n for n in list_models(task="density", pretrained=True) if "divergence" in load_card(n).metrics]
+
+
+@pytest.mark.parametrize("name", PLANE)
 def test_a_shipped_flow_is_as_good_as_its_card_says(name):
     metrics = load_card(name).metrics
     measured = evaluate_model(name, limit=500)
