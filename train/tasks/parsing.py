@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
 from ...solvers.options import options
 from ..data.conllu import Sentences
 from .sentence_figures import Tree, draw_arcs, draw_tree, least_sure, spelled
 from .tagging import LONGEST, SHORTEST, SOUGHT, SequenceTagging
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @options
@@ -42,6 +44,8 @@ class DependencyParsing(SequenceTagging):
         end = lengths[i]
         text, truth = spelled(words[i, :end].cpu()), trees[i, :end, 0].tolist()
         heads, relations = model.decode(words)[i, :end].T.tolist()  # type: ignore[operator]
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(12, 4.4), layout="constrained", facecolor="white")
         left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
         draw_tree(left, Tree(text, heads, [source.classes[r] for r in relations], truth))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, UInt8
-from matplotlib.axes import Axes
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 RIGHT, WRONG = "tab:blue", "tab:red"
 CIRCLE = {True: "tab:orange", False: "tab:red"}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
 from ...solvers.options import options
 from ..data.conllu import Sentences
 from .sentence_figures import draw_tags, least_sure, spelled
 from .task import Outcome, Task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Sentences of which a picture is drawn are sought among the first so many, and as long as can be read.
 SOUGHT = 300
@@ -46,6 +48,8 @@ class SequenceTagging(Task):
         chosen = least_sure(zip(lengths, chain.entropy.tolist(), strict=True), SHORTEST, LONGEST, 2)
         if not chosen:
             return None
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(10, 4.4), layout="constrained", facecolor="white")
         axes = figure.subplots(1, len(chosen), squeeze=False)[0]
         for axis, i in zip(axes, chosen, strict=True):
