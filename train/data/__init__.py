@@ -2,6 +2,7 @@
 
 from .augment import Affine
 from .batches import Batches
+from .brackets import BracketBatches, BracketSource, brackets
 from .cifar10 import cifar10
 from .conllu import SentenceBatches, TaggedSet, TaggedSource, ud_english_ewt
 from .density import PlaneDensity, PointBatches, PointSource
@@ -26,6 +27,8 @@ __all__ = [
     "Affine",
     "AnySource",
     "Batches",
+    "BracketBatches",
+    "BracketSource",
     "DataError",
     "FolderBatches",
     "FolderSource",
@@ -52,6 +55,7 @@ __all__ = [
     "TextSource",
     "TrajectoryBatches",
     "TrajectorySource",
+    "brackets",
     "cifar10",
     "citeseer",
     "cora",

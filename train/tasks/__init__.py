@@ -4,6 +4,7 @@ from .classification import ImageClassification
 from .density import DensityEstimation
 from .entities import EntityRecognition
 from .image_density import ImageDensity
+from .labelling import SequenceLabelling
 from .language import LanguageModelling
 from .nodes import NodeClassification
 from .parsing import DependencyParsing
@@ -21,6 +22,7 @@ __all__ = [
     "LanguageModelling",
     "NodeClassification",
     "Outcome",
+    "SequenceLabelling",
     "SequenceTagging",
     "SeriesClassification",
     "Task",
