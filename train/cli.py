@@ -17,8 +17,8 @@ from ..zoo.errors import ZooError
 from .config import Config
 from .data import DataError
 from .errors import Interrupted, TrainingError
+from .evaluate import TASKS
 from .loop import train
-from .tasks import Task
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -134,11 +134,15 @@ def _known_keys(kind: Any = Config) -> set[str]:
 
 def _with_suggestion(message: str) -> str:
     known = _known_keys()
-    for task in Task.__subclasses__():
-        known |= _known_keys(task)
+    for task in TASKS.values():
+        known |= _known_keys(type(task))
     unknown = re.search(r"(?:option|Option|key) '([\w.]+)' |option '([\w.]+)'|arguments: --([\w.]+)", message)
-    name = next(filter(None, unknown.groups()), "").rpartition(".")[2] if unknown else ""
-    return f"{message}{suggest(name, sorted(known))}" if name and name not in known else message
+    path = next(filter(None, unknown.groups()), "") if unknown else ""
+    name = next((part for part in path.split(".") if part not in known), "")
+    if name:
+        return f"{message}{suggest(name, sorted(known))}"
+    stray = re.search(r"arguments: (\S+\.ya?ml)", message)
+    return f"{message}. A recipe is given as --config {stray[1]}" if stray else message
 
 
 def _formatter() -> Any:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ..zoo import create_model
 from ..zoo.cards import revive
+from .check import check_config
 from .checkpoint import (
     load_model_state,
     load_optimizer_state,
@@ -33,7 +34,7 @@ from .checkpoint import (
 )
 from .config import Config
 from .curves import Curves, Pace, describe, in_words
-from .data import AnySource, FolderSource, load_data
+from .data import AnySource, DataError, FolderSource, load_data
 from .data.batches import part_of
 from .errors import Interrupted, TrainingError
 from .export import export
@@ -69,10 +70,12 @@ def train(config: Config, command: str = "") -> dict[str, float]:
         The metrics of the exported weights on the test set, or on the validation set where one was carved.
 
     Raises:
-        TrainingError: the folder is in use or holds another run, or the loss stayed without a finite value.
+        TrainingError: the recipe asks for what cannot be, the folder is in use or holds another run, or the loss stayed
+            without a finite value.
         Interrupted: SIGTERM or Ctrl-C came; everything is saved.
         DataError: the data are missing or damaged.
     """
+    check_config(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     folder = RunFolder(Path(config.output or f"runs/{config.name}"))
@@ -99,7 +102,12 @@ def _train(
     source: AnySource = load_data(config.data.name, config.data_dir)
     if isinstance(source, FolderSource):
         source = source.fitted(config.data.shape, input_of(config.model))
-    batches, held_out = split_batches(config, source, str(parallel.device))
+    try:
+        batches, held_out = split_batches(config, source, str(parallel.device))
+    except DataError:
+        raise
+    except ValueError as error:
+        raise TrainingError(f"The data {source.name} cannot be cut into batches as the recipe says: {error}") from error
 
     # Model: `shipped` is what evaluation and export see, with the averaged weights and the solver of `arguments`.
     arguments: dict[str, Any] = dict(source.model_arguments)

@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("name", help="architecture.tag, or local-dir:DIR")
     sub.add_argument("--data-dir", help="where the data set lies; not needed for data that a dependency ships")
-    sub.add_argument("--output", type=Path, help="the PNG file (default NAME.png)")
+    sub.add_argument("--output", type=Path, help="the PNG file, or a folder for it (default NAME.png)")
 
     sub = command(
         "results",
@@ -298,7 +298,9 @@ def _picture(options: argparse.Namespace) -> int:
     from ..train.data import DataError
     from ..train.picture import picture, to_png
 
-    path = options.output or Path(f"{load_card(options.name).name}.png")
+    file = f"{load_card(options.name).name}.png"
+    path = options.output or Path(file)
+    path = path / file if path.is_dir() else path
     try:
         figure = picture(options.name, options.data_dir)
     except DataError as error:

@@ -88,7 +88,8 @@ def _predict_batch(
         try:
             inputs.append(read_image(file, how))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            failed[position] = str(error)
+            # Some name the file, which is said anyway.
+            failed[position] = (error.strerror if isinstance(error, OSError) else None) or str(error)
     rows: Iterator[tuple[list[float], list[int]]] = iter(())
     if inputs:
         with torch.no_grad():

@@ -46,6 +46,8 @@ def test_defaults_recipe_and_overrides(tmp_path):
         (["--epoch", "3"], "epochs"),
         (["--optimizer.weightdecay", "3"], "weight_decay"),
         (["--data.batchsize", "3"], "batch_size"),
+        (["--optimiser.lr", "3"], "optimizer"),
+        (["--task.class_path", "EntityRecognition", "--epoch", "3"], "epochs"),
         (["--task.label_smothing", "3"], "label_smoothing"),
         ("epoch: 3", "epochs"),
         ("model: {nam: x}", "name"),
@@ -58,6 +60,36 @@ def test_unknown_keys_get_a_suggestion(arguments, meant, tmp_path):
         arguments = ["--config", str(tmp_path / "r.yaml")]
     with pytest.raises(UsageError, match=f"Did you mean '{meant}'"):
         parse(arguments)
+
+
+def test_a_recipe_without_its_option_is_recognised():
+    with pytest.raises(UsageError, match="A recipe is given as --config digits.yaml"):
+        parse(["digits.yaml"])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--epochs 0", "epochs must be at least 1; got 0"),
+        ("--accumulate 0", "accumulate must be at least 1"),
+        ("--log-every 0", "log_every must be at least 1"),
+        ("--threads 0", "threads must be at least 1"),
+        ("--data.batch-size 0", "data.batch_size must be at least 1"),
+        ("--data.batch-size 5000", "cannot be cut into batches as the recipe says: 1198 training images do not fill"),
+        ("--data.validation -1", "data.validation must not be negative"),
+        ("--optimizer.lr 0", "optimizer.lr must be positive"),
+        ("--optimizer.name adamww", "timm has no optimiser 'adamww'. Did you mean 'adamw'"),
+        ("--optimizer.schedule cosin", "there is no 'cosin'. Did you mean 'cosine'"),
+        ("--ema 1.5", r"ema must lie in [0, 1); got 1.5"),
+        ("--device cupu", "torch knows no 'cupu'"),
+        ("--device cuda:99", "cuda:99 is not here"),
+        ("--data-dir absent", "data_dir: there is no folder absent"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_computed(arguments, message, tmp_path, capsys):
+    assert main([*arguments.split(), f"--output={tmp_path / 'run'}"]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_values_of_another_type_are_refused():

@@ -91,6 +91,9 @@ def _existing(raw: Path, name: str) -> Path:
 
 def _download(data_dir: Path) -> None:
     names = ", ".join(name for entry in FILES.values() for name in entry[:2])
+    # A folder whose name was misspelt should not come into being.
+    if not data_dir.is_dir():
+        raise DataError(f"mnist: there is no folder {data_dir}.")
     problem = f"mnist: {data_dir / 'MNIST' / 'raw'} does not hold the four files {names}"
     try:
         from torchvision.datasets import MNIST
