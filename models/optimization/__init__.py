@@ -3,5 +3,7 @@
 from .argmin import ArgminLayer
 from .quadratic import QPLayer
 from .sudoku import OptNetSudoku, boards
+from .sudoku_deq import SudokuDEQ
+from .traffic import TrafficLayer, maximum_flow
 
-__all__ = ["ArgminLayer", "OptNetSudoku", "QPLayer", "boards"]
+__all__ = ["ArgminLayer", "OptNetSudoku", "QPLayer", "SudokuDEQ", "TrafficLayer", "boards", "maximum_flow"]

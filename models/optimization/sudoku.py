@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ...solvers.optimize import QPSolver
+from ..registry import register_model
 from .quadratic import QPLayer
 
 
@@ -38,9 +40,35 @@ class OptNetSudoku(nn.Module):
         # Where every digit is as likely as any other.
         nn.init.constant_(self.layer.point, -math.log(self.side))
 
-    def forward(self, puzzles: Float[Tensor, "batch side side digits"]) -> Float[Tensor, "batch side side digits"]:
-        """Weights of the digits of every cell, of puzzles with given cells one-hot and the others zero."""
-        return self.layer(puzzles.flatten(1)).reshape(puzzles.shape)
+    def forward(
+        self, puzzles: Float[Tensor, "batch side side digits"] | Int[Tensor, "batch side side"]
+    ) -> Float[Tensor, "batch side side digits"]:
+        """Weights of the digits of every cell.
+
+        Puzzles are one-hot with empty cells zero, or digits from 1 on with empty cells 0.
+        """
+        given = puzzles if puzzles.is_floating_point() else self._one_hot(puzzles)
+        return self.layer(given.flatten(1)).reshape(given.shape)
+
+    def fill(self, puzzles: Int[Tensor, "batch side side"]) -> Int[Tensor, "batch side side"]:
+        """The digit of largest weight in each empty cell; digits count from 1, and empty cells are 0."""
+        with torch.no_grad():
+            return torch.where(puzzles > 0, puzzles, self(puzzles).argmax(-1) + 1)
+
+    def loss(self, puzzles: Int[Tensor, "batch side side"], boards: Int[Tensor, "batch side side"]) -> Tensor:
+        """Mean squared error of the weights against the solved boards, one-hot; digits count from 1."""
+        return (self(puzzles) - self._one_hot(boards)).square().mean()
+
+    def _one_hot(self, digits: Tensor) -> Tensor:
+        if tuple(digits.shape[1:]) != (self.side, self.side):
+            raise ValueError(f"puzzles: expected shape (batch, {self.side}, {self.side}); got {tuple(digits.shape)}.")
+        return nn.functional.one_hot(digits, self.side + 1)[..., 1:].to(self.layer.point.dtype)
+
+
+@register_model(family="optimization", task="sudoku", accepts=OptNetSudoku)
+def optnet_sudoku(**arguments: Any) -> OptNetSudoku:
+    """OptNet's layer for 4 x 4 Sudoku, which learns the rules from puzzles and solutions alone."""
+    return OptNetSudoku(**arguments)
 
 
 def boards(block: int = 2) -> Int[Tensor, "count side side"]:

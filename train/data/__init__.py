@@ -16,7 +16,9 @@ from .pixels import PixelBatches, PixelSource
 from .planetoid import NodeBatches, NodeSource, citeseer, cora
 from .series import Series, SeriesBatches, SeriesSource
 from .source import DATASETS, AnySource, DataError, ImageSet, Source, load_data, register_data
+from .sudoku import BoardBatches, BoardSet, SudokuSource, sudoku4, sudoku17
 from .text import TextBatches, TextSource, text_file, tinyshakespeare
+from .traffic import FlowBatches, Network, TrafficSource, traffic_abilene
 from .trees import ParsedSource, ud_english_ewt_trees
 from .uci import TableBatches, TableSource
 from .uea import ts_source
@@ -27,13 +29,17 @@ __all__ = [
     "Affine",
     "AnySource",
     "Batches",
+    "BoardBatches",
+    "BoardSet",
     "BracketBatches",
     "BracketSource",
     "DataError",
+    "FlowBatches",
     "FolderBatches",
     "FolderSource",
     "ImageSet",
     "MixedBatches",
+    "Network",
     "NodeBatches",
     "NodeSource",
     "ParsedSource",
@@ -47,12 +53,14 @@ __all__ = [
     "SeriesBatches",
     "SeriesSource",
     "Source",
-    "TaggedSet",
-    "TaggedSource",
+    "SudokuSource",
     "TableBatches",
     "TableSource",
+    "TaggedSet",
+    "TaggedSource",
     "TextBatches",
     "TextSource",
+    "TrafficSource",
     "TrajectoryBatches",
     "TrajectorySource",
     "brackets",
@@ -67,11 +75,14 @@ __all__ = [
     "physionet2012",
     "physionet2012_hourly",
     "register_data",
+    "sudoku4",
+    "sudoku17",
     "text_file",
     "tinyshakespeare",
+    "traffic_abilene",
     "ts_source",
+    "two_bodies",
     "ud_english_ewt",
     "ud_english_ewt_trees",
-    "two_bodies",
     "wnut17",
 ]

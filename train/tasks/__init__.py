@@ -9,8 +9,10 @@ from .language import LanguageModelling
 from .nodes import NodeClassification
 from .parsing import DependencyParsing
 from .series import SeriesClassification
+from .sudoku import SudokuSolving
 from .tagging import SequenceTagging
 from .task import Outcome, Task
+from .traffic import TrafficFlow
 from .trajectories import TrajectoryRegression
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "SequenceLabelling",
     "SequenceTagging",
     "SeriesClassification",
+    "SudokuSolving",
     "Task",
+    "TrafficFlow",
     "TrajectoryRegression",
 ]
