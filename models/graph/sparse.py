@@ -125,7 +125,7 @@ class _Product(torch.autograd.Function):
         values, x = ctx.saved_tensors
         parts = [] if values_t is None else [_Product.apply(values_t, x, ctx.pattern)]
         parts += [] if x_t is None else [_Product.apply(values, x_t, ctx.pattern)]
-        return sum(parts) if parts else None  # type: ignore[return-value]
+        return sum(parts) if parts else None
 
 
 class _Sampled(torch.autograd.Function):
@@ -155,7 +155,7 @@ class _Sampled(torch.autograd.Function):
         left, right = ctx.saved_tensors
         parts = [] if left_t is None else [_Sampled.apply(left_t, right, ctx.pattern)]
         parts += [] if right_t is None else [_Sampled.apply(left, right_t, ctx.pattern)]
-        return sum(parts) if parts else None  # type: ignore[return-value]
+        return sum(parts) if parts else None
 
 
 def _matrix(values: Tensor, pattern: Pattern) -> Tensor:

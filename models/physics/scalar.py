@@ -39,11 +39,11 @@ class ScalarMLP(nn.Module):
 
     def gradient(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch inputs"]:
         """Its gradient."""
-        slopes: list[Tensor] = []
+        passed: list[tuple[Tensor, Tensor]] = []
         for layer in self.layers:
             x = layer(x).tanh()
-            slopes.append(1 - x * x)
+            passed.append((1 - x * x, layer.get_parameter("weight")))
         back = self.last.weight.expand(*x.shape[:-1], -1)
-        for layer, slope in zip(reversed(self.layers), reversed(slopes), strict=True):
-            back = torch.matmul(back * slope, layer.weight)
+        for slope, weight in reversed(passed):
+            back = torch.matmul(back * slope, weight)
         return back

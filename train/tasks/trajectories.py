@@ -9,12 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...models.physics import UnstructuredODE
 from ...solvers.options import options
 from ..data.physics import HORIZONS, Trajectories, TrajectoryBatches
 from .task import Outcome, Task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+# What the energy of others is drawn beside.
+BASELINE = "unstructured_ode_small"
 
 
 @options
@@ -73,8 +77,13 @@ class TrajectoryRegression(Task):
         }
 
     def draw(self, model: nn.Module, source: Any) -> Figure:
-        """One test trajectory beside the truth, and the energy of several over ten times the training horizon."""
+        """One test trajectory beside the truth, and the energy of several over ten times the training horizon.
+
+        Where an unstructured ODE of the same data is shipped, its energy is drawn, too.
+        """
         from matplotlib.figure import Figure
+
+        from ...zoo import create_model, list_models
 
         batches = source.test_batches(8, 8)
         seen, times, states = next(iter(batches))
@@ -93,8 +102,15 @@ class TrajectoryRegression(Task):
         left.legend(*[part[:2] for part in left.get_legend_handles_labels()], loc="upper right", fontsize=7)
         system = batches.system
         start = system.energy(states[:, :1].double())
-        relative = (system.energy(predicted.double()) - start) / start.abs()
-        right.plot(times, relative.T, linewidth=0.8, color="C0", alpha=0.7)
+        shown = [(predicted, "C0", "model")]
+        for name in list_models(f"{BASELINE}.{source.name}", pretrained=True):
+            if not isinstance(model, UnstructuredODE):
+                shown.insert(0, (create_model(name, pretrained=True).eval()(seen, times), "C1", "unstructured ODE"))
+        for states_of, colour, label in shown:
+            relative = (system.energy(states_of.double()) - start) / start.abs()
+            lines = right.plot(times, relative.T, linewidth=0.8, color=colour, alpha=0.7)
+            lines[0].set_label(label)
+        right.legend(loc="upper left", fontsize=7, frameon=False)
         right.axhline(0.0, color="0.4", linewidth=1)
         right.axvspan(0, times[first], color="0.9")
         right.set_yscale("symlog", linthresh=0.01)
