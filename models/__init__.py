@@ -9,6 +9,7 @@ from .monotone import MonotoneDEQ
 from .ode import NeuralODE
 from .optimization import ArgminLayer, OptNetSudoku, QPLayer
 from .physics import HamiltonianNetwork, SecondOrderODE, UnstructuredODE
+from .series import ODERNN, LatentODE, NeuralCDE
 from .tagging import BiLSTMCRF
 
 __all__ = [
@@ -16,11 +17,14 @@ __all__ = [
     "DEQ",
     "GRAND",
     "IGNN",
+    "ODERNN",
     "ArgminLayer",
     "BiLSTMCRF",
     "ContinuousFlow",
     "HamiltonianNetwork",
+    "LatentODE",
     "MonotoneDEQ",
+    "NeuralCDE",
     "NeuralODE",
     "OptNetSudoku",
     "QPLayer",

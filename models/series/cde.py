@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...solvers.ode import RK4, CheckpointAdjoint, ConstantController, Controller, Method, ODESolution, solve_ode
 from ...solvers.ode.adjoint import Adjoint
 from ..registry import register_model
-from .path import ControlPath, Kind, observation_path
+from .path import ControlPath, observation_path
 
 
 class CDEField(nn.Module):
@@ -79,7 +79,7 @@ class NeuralCDE(nn.Module):
         depth: int = 2,
         span: float = 1.0,
         intensity: float = 0.0,
-        kind: Kind = "hermite",
+        kind: str = "hermite",
         dropout: float = 0.0,
         solver: Method | None = None,
         controller: Controller | None = None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from ...solvers.options import suggest
 
-Kind = Literal["hermite", "linear"]
 KINDS = ("hermite", "linear")
 
 
@@ -61,7 +59,7 @@ def spline_path(
     times: Float[Tensor, "batch length"],
     values: Float[Tensor, "batch length channels"],
     observed: Bool[Tensor, "batch length channels"],
-    kind: Kind = "hermite",
+    kind: str = "hermite",
 ) -> ControlPath:
     """The curve through what was observed, channel by channel.
 
@@ -135,7 +133,7 @@ def observation_path(
     *,
     span: float = 1.0,
     intensity: float = 0.0,
-    kind: Kind = "hermite",
+    kind: str = "hermite",
 ) -> ControlPath:
     """The path of a series: its time, its variables, and how often each of these was observed so far.
 

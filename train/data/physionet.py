@@ -131,7 +131,7 @@ def _physionet(name: str, data_dir: Path | None, resolution: int) -> SeriesSourc
         Stays(ptr, minute, variable, value, static, deaths, variables, resolution),
         tuple(train.nonzero().flatten().tolist()),
         tuple((~train).nonzero().flatten().tolist()),
-        variables,
+        tuple(str(name) for name in held["variable_names"]),
         static.shape[1],
         HOURS,
         (),

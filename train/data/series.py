@@ -127,7 +127,7 @@ class SeriesSource:
         series: all of them.
         train: rows that models are trained on, and validation sets are carved from.
         test: rows that metrics are reported on.
-        variables: how many there are.
+        names: of the variables.
         statics: how many values are known from the start.
         span: of time, in the unit of `Series.times`: the longest there is among the training series.
         classes: the name of each; empty where the outcome is an event.
@@ -140,7 +140,7 @@ class SeriesSource:
     series: SeriesSet
     train: tuple[int, ...]
     test: tuple[int, ...]
-    variables: int
+    names: tuple[str, ...]
     statics: int
     span: float
     classes: tuple[str, ...]
@@ -152,7 +152,7 @@ class SeriesSource:
     def model_arguments(self) -> dict[str, Any]:
         """What the data say about a model: its variables, statics and classes, and how long the series are."""
         classes = {"num_classes": len(self.classes)} if self.classes else {}
-        return {"variables": self.variables, "statics": self.statics, "span": self.span, **classes}
+        return {"variables": len(self.names), "statics": self.statics, "span": self.span, **classes}
 
     @property
     def card_fields(self) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def ts_source(name: str, title: str, data_dir: Path | None, citation: str) -> Se
         LabelledSeries(values, torch.tensor([*train.labels, *test.labels])),
         tuple(range(count)),
         tuple(range(count, len(values))),
-        values[0].shape[1],
+        tuple(str(i + 1) for i in range(values[0].shape[1])),
         0,
         float(max(max(len(series) for series in train.values) - 1, 1)),
         train.classes,

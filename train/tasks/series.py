@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...solvers.options import options
+from .series_figures import draw_reconstruction, event_figure
 from .task import Outcome, Task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHOWN = 100
 
 
 @options
@@ -24,6 +32,7 @@ class SeriesClassification(Task):
     Attributes:
         positive_weight: of the series where the event came, which are often few.
         evidence: weight of the negative bound beside the cross-entropy; 0 leaves it out.
+        jitter: deviation of noise that is added to what was observed, in training, against learning it by heart.
         annealing: so many steps until the bound's divergence from the prior has its whole weight, which rises evenly.
 
     Source: the bound beside the cross-entropy, and the annealing: Rubanova, Chen and Duvenaud 2019.
@@ -32,6 +41,7 @@ class SeriesClassification(Task):
     positive_weight: float = 1.0
     evidence: float = 0.0
     annealing: int = 0
+    jitter: float = 0.0
 
     kind = "series-classification"
     metric = "auroc"
@@ -42,7 +52,10 @@ class SeriesClassification(Task):
         Raises:
             TypeError: `evidence` is positive, and the model does not explain series.
         """
-        *series, outcome = batch
+        times, values, observed, static, outcome = batch
+        if self.jitter:
+            values = values + self.jitter * torch.randn_like(values) * observed
+        series = times, values, observed, static
         metrics, bound = {}, None
         if self.evidence:
             if not hasattr(model, "explain"):
@@ -79,6 +92,21 @@ class SeriesClassification(Task):
                 areas = {"auroc": roc_auc_score, "auprc": average_precision_score}
                 result = {name: float(area(truth, logits)) for name, area in areas.items()} | result
         return result
+
+    def draw(self, model: nn.Module, source: Any) -> Figure:
+        """For classes the confusion matrix; for an event how well it is told, and a series as the model explains it."""
+        from ..figures import confusion_figure
+
+        device = str(next(model.parameters()).device)
+        logits, truth = predictions(model, source.test_batches(500, device=device))
+        title = f"test set of {source.name}"
+        if logits.ndim == 2:
+            return confusion_figure(truth, logits.argmax(1), source.classes, title=title)
+        paint = None
+        if hasattr(model, "decode") and hasattr(model, "posterior"):
+            batch = next(iter(source.test_batches(SHOWN, device=device)))
+            paint = functools.partial(draw_reconstruction, model=model, batch=batch, names=source.names)
+        return event_figure(logits, truth, title, paint)
 
     def _cross_entropy(self, logits: Tensor, outcome: Tensor) -> Tensor:
         if logits.ndim == 2:
