@@ -49,7 +49,7 @@ def check_config(config: Config) -> None:
 
 
 def _check_names(config: Config) -> None:
-    known = timm.optim.list_optimizers()
+    known = [str(name) for name in timm.optim.list_optimizers()]
     chosen = config.optimizer.name
     if chosen.lower().removeprefix("lookahead_") not in known:
         raise TrainingError(f"optimizer.name: timm has no optimiser {chosen!r}.{suggest(chosen, known)}")

@@ -8,12 +8,13 @@
 
 Names are those of the zoo after `restpoint_`, with the same tags; keywords are the architecture's options. What comes
 is the zoo's own model, built and loaded by the zoo's own `create_model`: its weights are verified, and head and input
-channels adapted, before timm sees it. `timm.create_model(checkpoint_path=)` adapts neither, whatever the model;
-`pretrained=True, pretrained_cfg_overlay={"file": PATH}` does.
+channels adapted, before timm sees it. Weights of one's own come by `checkpoint_path=PATH`, or, with their description,
+by `pretrained=True, pretrained_cfg_overlay={"file": PATH}`; both adapt them, too.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from ..models.registry import Architecture
+from .adapt import adapt_channels
 from .cards import Card
 from .errors import CheckpointError, UnknownModelError
 from .factory import create_model
@@ -106,6 +108,8 @@ def _entry(architecture: Architecture) -> Any:
             model = create_model(name, pretrained=pretrained, **arguments)
         about |= {"classifier": _name_of_classifier(model), "first_conv": next(iter(model.input_layers), None)}  # type: ignore[arg-type]
         model.to(device=device, dtype=dtype)
+        # timm loads `checkpoint_path` into the finished model, by `load_state_dict`, which adapts nothing by itself.
+        model.register_load_state_dict_pre_hook(_adapt_state)
         if features_only:
             model = _features(model, architecture.name, out_indices)
         model.pretrained_cfg = model.default_cfg = about  # type: ignore[assignment]
@@ -156,6 +160,31 @@ def _source(
     path = Path(file)
     # A folder that timm saved is described by itself.
     return name, path / LOCAL_WEIGHTS if path.is_dir() else path, about
+
+
+def _adapt_state(model: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Fit a state dict to another number of classes or channels, with a warning; all else has to fit as it is."""
+    ours = {f"{prefix}{key}": value for key, value in model.state_dict().items()}
+    head = f"{prefix}{_name_of_classifier(model)}."
+    old = [key for key in state if key.startswith(head)]
+    # Another number of rows is another number of classes; another number of columns would be another model.
+    rows = [key for key in old if key in ours and state[key].shape[1:] == ours[key].shape[1:]]
+    if len(rows) == len(old) and any(state[key].shape != ours[key].shape for key in rows):
+        warnings.warn(
+            f"The checkpoint's classifier is of another number of classes than {model.num_classes}: the model keeps "
+            "its own, which has to be trained.",
+            stacklevel=2,
+        )
+        state.update({key: ours[key] for key in old})
+    for layer in model.input_layers:  # type: ignore[union-attr]
+        key = f"{prefix}{layer}.weight"
+        read = key in state and key in ours and state[key].ndim == ours[key].ndim > 2
+        if read and state[key].shape[1] != ours[key].shape[1] and state[key].shape[0] == ours[key].shape[0]:
+            warnings.warn(
+                f"The checkpoint reads {state[key].shape[1]} channels, which are adapted to {ours[key].shape[1]}.",
+                stacklevel=2,
+            )
+            state[key] = adapt_channels(state[key], ours[key].shape[1])
 
 
 def _name_of_classifier(model: nn.Module) -> str | None:

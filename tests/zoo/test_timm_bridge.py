@@ -1,6 +1,7 @@
 """The zoo's names in timm.create_model, and what timm does with models."""
 
 import json
+import pickle
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import timm.data
 import timm.optim
 import timm.utils
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from restpoint import create_model, list_models, load_card
 from restpoint.zoo import CheckpointError, UnknownModelError, timm_bridge
@@ -110,8 +111,6 @@ def test_weights_of_ones_own(tiny, tmp_path):
     trained = create_model("trial_tiny", num_classes=9, in_chans=2)
     path = tmp_path / "w.safetensors"
     torch.save(trained.state_dict(), tmp_path / "w.pt")
-    from safetensors.torch import save_file
-
     save_file(trained.state_dict(), path)
     overlay = {"file": str(path)}
     model = timm.create_model(
@@ -125,6 +124,49 @@ def test_weights_of_ones_own(tiny, tmp_path):
             timm.create_model("restpoint_trial_tiny", pretrained=True, pretrained_cfg_overlay=overlay)
     with pytest.raises(CheckpointError, match="hf_hub_id='me/mine' cannot be loaded here"):
         timm.create_model("restpoint_trial_tiny", pretrained=True, pretrained_cfg_overlay={"hf_hub_id": "me/mine"})
+
+
+def test_a_checkpoint_path_is_adapted_and_says_so(tmp_path):
+    ours = create_model("conv_deq_tiny.digits", pretrained=True).eval()
+    path = tmp_path / "w.safetensors"
+    save_file(ours.state_dict(), path)
+    assert same(timm.create_model("restpoint_conv_deq_tiny.digits", checkpoint_path=path), ours)
+    with pytest.warns(UserWarning, match="another number of classes than 3|1 channels, .* adapted to 3") as said:
+        model = timm.create_model("restpoint_conv_deq_tiny.digits", checkpoint_path=path, num_classes=3, in_chans=3)
+    assert len(said) == 2
+    grey = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        assert model.eval()(grey.expand(-1, 3, -1, -1)).shape == (2, 3)
+        features = model.forward_features(grey.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(features, ours.forward_features(grey), rtol=1e-2, atol=1e-2)
+    with pytest.raises(RuntimeError, match="size mismatch for deq"):
+        timm.create_model("restpoint_conv_deq_tiny.digits", checkpoint_path=path, channels=16)
+    # The models stay what they were for all else that is done with models.
+    copied = pickle.loads(pickle.dumps(model))  # noqa: S301
+    assert same(copied, model)
+    copied.load_state_dict(model.state_dict())
+
+
+MDEQ = list_models("mdeq_tiny.*", pretrained=True)
+
+
+@pytest.mark.skipif(not MDEQ, reason="mdeq_tiny has no weights in this tree")
+@pytest.mark.filterwarnings("ignore::restpoint.solvers.SolverWarning")
+def test_the_largest_of_the_shipped_classifiers_is_fine_tuned_as_any_of_timms():
+    name = f"restpoint_{MDEQ[0] if MDEQ else ''}"
+    images = torch.randn(2, 3, 32, 32)
+    model = timm.create_model("restpoint_mdeq_tiny", pretrained=True, num_classes=10).eval()
+    assert model(images).shape == (2, 10)
+    assert timm.create_model(name, pretrained=True, num_classes=4, in_chans=1).eval()(images[:, :1]).shape == (2, 4)
+    levels = timm.create_model(name, pretrained=True, features_only=True).eval()(images)
+    assert len(levels) > 1
+    optimizer = timm.optim.create_optimizer_v2(model, "adamw", lr=1e-4, layer_decay=0.7)
+    assert len({group["lr_scale"] for group in optimizer.param_groups}) > 2
+    average = timm.utils.ModelEmaV3(model, decay=0.5)
+    model(images).logsumexp(1).sum().backward()
+    optimizer.step()
+    average.update(model)
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_the_way_through_a_folder_of_timms(tmp_path):
