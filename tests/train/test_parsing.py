@@ -107,7 +107,13 @@ def test_from_files_to_a_tree(folder, tmp_path, monkeypatch, capsys):
     assert evaluate_model(model, folder)["nll"] == pytest.approx(metrics["nll"], rel=1e-4)
     assert main(["predict", "biaffine_small.trial", "A dog sees the cat", "the dog"]) == 0
     first, second = capsys.readouterr().out.split("\n\n")
-    assert [line.split("  ")[0] for line in first.split("\n")] == ["sees", "├─ dog", "│  └─ A", "└─ cat", "   └─ the"]
+    assert [line.rsplit("  ", 1)[0] for line in first.splitlines()] == [
+        "sees",
+        "├─ dog",
+        "│  └─ A",
+        "└─ cat",
+        "   └─ the",
+    ]
     assert second.startswith("dog  root ")
     assert main(["predict", "biaffine_small.trial", "--json", "a cat barks !"]) == 0
     (parsed,) = json.loads(capsys.readouterr().out)

@@ -54,7 +54,7 @@ class BracketBatches:
         batch_size: strings a batch; the last of each length may be smaller.
         seed: of the strings.
         device: where the batches go.
-        fresh: other strings at every epoch, instead of always those of the first.
+        fresh: other strings at every epoch, instead of always the same, whatever the batch size.
 
     Raises:
         ValueError: a size below one.
@@ -73,7 +73,14 @@ class BracketBatches:
         if batch_size < 1 or count < 1:
             raise ValueError(f"Batches need at least one string; got batch_size {batch_size} and {count} strings.")
         self.pairs, self.count, self.batch_size = pairs, count, batch_size
-        self.seed, self.device, self.fresh = seed, device, fresh
+        self.seed, self.device = seed, device
+        self.kept = None if fresh else [self._keep(each, generator_of(seed, each)) for each in pairs]
+
+    def _keep(self, pairs: int, generator: Generator) -> Strings:
+        """One after the other, so that fewer of them are the first ones."""
+        rows = [draw_brackets(1, pairs, generator) for _ in range(self.count)]
+        strings, partners = (torch.cat(part) for part in zip(*rows, strict=True))
+        return strings, partners
 
     def _each(self) -> int:
         return -(-self.count // self.batch_size)
@@ -88,8 +95,14 @@ class BracketBatches:
     def epoch(self, index: int = 0, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[Strings]:
         """The batches of epoch `index`, from batch `start` on; of each the part of process `rank` of `world`."""
         for place in range(start, len(self)):
-            generator = generator_of(self.seed, index if self.fresh else 0, place)
-            strings, partners = draw_brackets(self.rows(place), self.pairs[place // self._each()], generator)
+            which, turn = divmod(place, self._each())
+            rows = self.rows(place)
+            if self.kept is None:
+                generator = generator_of(self.seed, index, place)
+                strings, partners = draw_brackets(rows, self.pairs[which], generator)
+            else:
+                begin = turn * self.batch_size
+                strings, partners = (part[begin : begin + rows] for part in self.kept[which])
             wanted = (strings.gather(1, partners.clamp(min=0)) - 1).where(partners >= 0, -1)
             part = part_of(len(strings), rank, world)
             yield strings[part].to(self.device), wanted[part].to(self.device)

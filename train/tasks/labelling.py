@@ -34,7 +34,7 @@ class SequenceLabelling(Task):
         loss = nn.functional.cross_entropy(model(sequences).transpose(1, 2), labels, ignore_index=-1)
         return Outcome(loss, {"cross_entropy": float(loss.detach())})
 
-    def evaluate(self, model: nn.Module, batches: Iterable[Labelled]) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
         """How often the likeliest class is right.
 
         Returns:

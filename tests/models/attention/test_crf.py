@@ -100,3 +100,24 @@ def test_bad_input(crf):
         crf(emissions, tags, torch.tensor([4, 0]))
     with pytest.raises(ValueError, match="NaN|nan"):
         crf.decode(emissions * torch.nan)
+
+
+def test_only_allowed_tags_have_a_probability():
+    """Every sequence that breaks a rule has none, and the others share all of it."""
+    torch.manual_seed(0)
+    allowed = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 1, 1], [1, 0, 1]], dtype=torch.bool)
+    crf = CRF(3, dtype=torch.float64, allowed=allowed)
+    emissions = torch.randn(1, 3, 3, dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64)
+    for path in itertools.product(range(3), repeat=3):
+        likelihood = crf(emissions, torch.tensor([path])).detach()[0]
+        legal = allowed[3, path[0]] and all(allowed[a, b] for a, b in itertools.pairwise(path))
+        assert bool(likelihood.isfinite()) == bool(legal)
+        total = total + likelihood.exp()
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-14)
+    crf.distribution(emissions).log_partition.sum().backward()
+    assert all(p.grad.isfinite().all() for p in crf.parameters())
+    # Rules are what a model is built with: no weights of a checkpoint.
+    assert crf.state_dict().keys() == CRF(3).state_dict().keys()
+    with pytest.raises(ValueError, match=r"expected allowed of shape \(3, 3\) or \(4, 3\), boolean; got \(2, 3\)"):
+        CRF(3, allowed=allowed[:2])
