@@ -91,7 +91,7 @@ class NodeClassification(Task):
         left.set(xticks=[], yticks=[], title=f"{len(truth):,} test nodes by subject; crosses are misread")
         left.legend(fontsize=7, markerscale=2, frameon=False)
         counts = torch.bincount(truth * len(names) + said, minlength=len(names) ** 2).view(len(names), -1)
-        right.imshow(counts.double().sqrt(), cmap="Blues")
+        right.imshow(counts.double().sqrt().numpy(), cmap="Blues")
         for row, column in torch.cartesian_prod(torch.arange(len(names)), torch.arange(len(names))).tolist():
             count = int(counts[row, column])
             shade = "white" if count > counts.max() / 3 else "0.3"
