@@ -262,6 +262,6 @@ def image_flow_tiny(**arguments: Any) -> ImageFlow:
 
 @register_model(family="flow", task="image-density", accepts=ImageFlow)
 def test_image_flow(**arguments: Any) -> ImageFlow:
-    """An `ImageFlow` for tests: 4 x 4 pixels of 4 levels, two levels of 8 channels, the exact trace."""
-    tiny = {"shape": (1, 4, 4), "levels": 4, "channels": (8, 8), "blocks": 1, "patch": 1, "divergence": "exact"}
+    """An `ImageFlow` for tests: 4 x 4 pixels of 4 levels, two levels of 8 channels."""
+    tiny = {"shape": (1, 4, 4), "levels": 4, "channels": (8, 8), "blocks": 1, "patch": 1}
     return ImageFlow(**{**tiny, **arguments})

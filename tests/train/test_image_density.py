@@ -18,7 +18,7 @@ def source():
 
 @pytest.fixture
 def flow():
-    return create_model("test_image_flow", shape=(1, 8, 8), levels=17, divergence="rademacher")
+    return create_model("test_image_flow", shape=(1, 8, 8), levels=17)
 
 
 def test_pixels_are_the_images_own_numbers(source):

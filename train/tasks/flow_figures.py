@@ -25,7 +25,7 @@ def image_figure(panels: dict[str, Float[Tensor, "n channels height width"]], co
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.5 * len(panels), 4.8), layout="constrained", facecolor="white")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    axes = figure.subplots(1, len(panels), squeeze=False, gridspec_kw={"wspace": 0.08})[0]
     for axis, (title, images) in zip(axes, panels.items(), strict=True):
         pixels = tiled(images, columns).permute(1, 2, 0)
         if pixels.shape[2] == 1:
