@@ -8,6 +8,7 @@ from .graph import GRAND, IGNN
 from .monotone import MonotoneDEQ
 from .ode import NeuralODE
 from .optimization import ArgminLayer, OptNetSudoku, QPLayer
+from .parsing import BiaffineParser
 from .physics import HamiltonianNetwork, SecondOrderODE, UnstructuredODE
 from .series import ODERNN, LatentODE, NeuralCDE
 from .tagging import BiLSTMCRF
@@ -20,6 +21,7 @@ __all__ = [
     "ODERNN",
     "ArgminLayer",
     "BiLSTMCRF",
+    "BiaffineParser",
     "ContinuousFlow",
     "HamiltonianNetwork",
     "LatentODE",
