@@ -73,5 +73,5 @@ def draw_reconstruction(axis: Axes, model: nn.Module, batch: Sequence[Tensor], n
         axis.plot(times[0][seen].cpu(), values[0, :, variable][seen].cpu(), ".", color=colour, markersize=4)
         axis.plot(start + grid[0].cpu(), curves[:, variable], color=colour, label=names[variable])
     axis.set(xlabel="time", ylabel="standardised value")
-    axis.set_title("one series: observations, and the trajectory that explains them", fontsize=10)
+    axis.set_title("one series and the trajectory that explains it", fontsize=10)
     axis.legend(fontsize=8)
