@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +28,8 @@ def image_figure(panels: dict[str, Float[Tensor, "n channels height width"]], co
     figure = Figure(figsize=(4.5 * len(panels), 4.8), layout="constrained", facecolor="white")
     axes = figure.subplots(1, len(panels), squeeze=False, gridspec_kw={"wspace": 0.08})[0]
     for axis, (title, images) in zip(axes, panels.items(), strict=True):
-        pixels = tiled(images, columns).permute(1, 2, 0)
+        # Digits fill their images, and would run into each other.
+        pixels = tiled(functional.pad(images, (1, 1, 1, 1)), columns).permute(1, 2, 0)
         if pixels.shape[2] == 1:
             axis.imshow(pixels[:, :, 0].numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
         else:
