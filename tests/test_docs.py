@@ -46,6 +46,14 @@ def test_the_examples_of_the_page_on_structured_distributions():
     assert names["unary"].grad is not None
 
 
+def test_the_examples_of_the_page_on_optimisation():
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/optimisation.md").read_text(), flags=re.S):
+        exec(block, names)
+    assert names["q"].grad is not None
+    assert names["scores"].grad.isfinite().all()
+
+
 def test_the_models_and_recipes_that_are_named_exist():
     assert set(re.findall(r"conv_deq_\w+\.(?!yaml)\w+", README)) <= set(restpoint.list_models(pretrained=True))
     recipes = {path.name for path in (ROOT / "train" / "recipes").iterdir()}

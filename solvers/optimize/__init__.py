@@ -2,12 +2,14 @@
 
 from .admm import ADMM
 from .central_path import CentralPath
+from .fenchel_young import fenchel_young_loss
 from .interior_point import InteriorPoint
 from .isotonic import project_isotonic
 from .linear_program import linear_program
 from .minimize import Minimum, minimize
 from .minimize_methods import LBFGS, GradientDescent, Minimizer, NewtonCG
 from .pdhg import PDHG
+from .perturbed import perturbed_argmax, perturbed_loss
 from .projections import project_box, project_l1_ball, project_l2_ball, project_simplex
 from .quadratic import Certificate, Duals, QPSolution, quadratic_program
 from .quadratic_problem import QPSolver
@@ -31,8 +33,11 @@ __all__ = [
     "QPSolver",
     "entmax",
     "entmax15",
+    "fenchel_young_loss",
     "linear_program",
     "minimize",
+    "perturbed_argmax",
+    "perturbed_loss",
     "project_birkhoff",
     "project_box",
     "project_isotonic",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..transforms import autocast_to, inside_transform
 from ..tree import StateError, StateSpec
@@ -87,3 +88,22 @@ class Energy:
             return torch.zeros_like(v) if out is None else out
 
         return product
+
+
+def value_without(problem: Energy, y: Tensor, broken: Tensor) -> Tensor:
+    """E (batch,), NaN in the samples that broke, of which nothing reaches the gradient of what all samples share.
+
+    A healthy sample stands in for them, with its row of those args that have a row for each sample: giving these rows
+    away must not change the energy of any other sample, as it would with a weight that is as long as the batch.
+    """
+    if inside_transform() or not 0 < int(broken.sum()) < len(broken):
+        return problem.value(y)
+    rows = torch.where(broken, (~broken).int().argmax(), torch.arange(len(broken), device=broken.device))
+    leaves, structure = pytree.tree_flatten(problem.args)
+    swapped = [t[rows] if isinstance(t, Tensor) and t.ndim and len(t) == len(rows) else t for t in leaves]
+    other = dataclasses.replace(problem, args=tuple(pytree.tree_unflatten(swapped, structure)))
+    with torch.no_grad():
+        same = torch.isclose(problem.value(y), other.value(y[rows]), rtol=1e-6, equal_nan=True)
+    if not bool((same | broken).all()):
+        return problem.value(y)
+    return torch.where(broken, torch.nan, other.value(y[rows]))

@@ -13,11 +13,11 @@ from ..adjoint.implicit import ImplicitAdjoint
 from ..fixed_point import Newton, root
 from ..linear import CG, LU, Auto
 from ..options import require
-from ..solution import Solution, Stats
-from ..transforms import any_true, autocast_to, autocast_type, no_derivatives, not_compiled
+from ..solution import Solution, Stats, Status
+from ..transforms import any_true, autocast_to, autocast_type, no_derivatives, not_compiled, plain
 from ..tree import StateError, flatten, norms
 from .descent import descend
-from .energy import Energy
+from .energy import Energy, value_without
 from .minimize_methods import LBFGS, Minimizer
 from .quadratic import make_limits
 from .quadratic_problem import Limits
@@ -109,7 +109,7 @@ def minimize(
             multipliers = None
         else:
             y, multipliers, stats = _constrained(problem, equality, matrix, solver, adjoint, limits, atol)
-        value = problem.value(y)
+        value = value_without(problem, y, plain(stats.status) == int(Status.NON_FINITE))
     solution = Minimum(spec.unflatten(y), stats, energy=value, multipliers=multipliers)
     solution.check(throw, "minimize")
     return solution

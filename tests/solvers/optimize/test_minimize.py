@@ -244,3 +244,23 @@ class TestEquality:
         assert not solution.converged.all() or math.isfinite(float(solution.value.sum()))
         with pytest.raises(SolverError):
             solution.value.sum().backward()
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+def test_a_broken_sample_reaches_neither_the_minimum_nor_the_energy_of_others(constrained):
+    scale = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    target = torch.linspace(-1, 2, 12, dtype=torch.float64).view(4, 3)
+    target[2, 1] = torch.nan
+    kept = torch.tensor([0, 1, 3])
+
+    def gradients(target, rows):
+        solution = minimize(
+            lambda y, a: ((y - scale * a) ** 2 + y**4).sum(1), torch.zeros_like(target), (target,),
+            equality=(lambda y, a: y.sum(1, keepdim=True) - scale[0]) if constrained else None,
+        )  # fmt: skip
+        assert solution.energy.isfinite().sum() == 3
+        parts = solution.value[rows].sin().sum(), solution.energy[rows].sum()
+        return [torch.autograd.grad(part, scale, retain_graph=True)[0] for part in parts]
+
+    for ours, alone in zip(gradients(target, kept), gradients(target[kept], slice(None)), strict=True):
+        torch.testing.assert_close(ours, alone, rtol=1e-7, atol=1e-9)
