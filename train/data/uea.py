@@ -89,7 +89,8 @@ def read_ts(path: Path) -> TsFile:
     told, *classes = header.get("@classlabel", ["false"])
     if told != "true" or len(classes) < 2:
         raise DataError(f"{path} has no line '@classLabel true' with at least two classes.")
-    values, labels = [], []
+    values: list[Tensor] = []
+    labels: list[int] = []
     for number, line in enumerate(lines[start:], start + 1):
         if not line.strip() or line.startswith("#"):
             continue
@@ -100,8 +101,8 @@ def read_ts(path: Path) -> TsFile:
             series = [torch.tensor([_number(x) for x in variable.split(",")]) for variable in variables]
         except ValueError as error:
             raise DataError(f"{path}, line {number}: {error}.") from error
-        if len(series) != (len(values[0][0]) if values else max(len(series), 1)):
-            expected = len(values[0][0]) if values else 1
+        expected = values[0].shape[1] if values else max(len(series), 1)
+        if len(series) != expected:
             raise DataError(f"{path}, line {number}: {len(series)} variables; expected {expected}.")
         values.append(torch.nn.utils.rnn.pad_sequence(series, batch_first=True, padding_value=math.nan).T)
         labels.append(classes.index(label))

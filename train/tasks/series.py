@@ -56,7 +56,8 @@ class SeriesClassification(Task):
         if self.jitter:
             values = values + self.jitter * torch.randn_like(values) * observed
         series = times, values, observed, static
-        metrics, bound = {}, None
+        metrics: dict[str, float] = {}
+        bound = None
         if self.evidence:
             if not hasattr(model, "explain"):
                 raise TypeError(f"evidence: {type(model).__name__} gives no bound on the likelihood of its series.")
