@@ -57,6 +57,18 @@ def test_pretrained_weights_with_another_head_and_other_channels():
     assert ours.pretrained_cfg["label_names"] == tuple("0123456789")
 
 
+def test_multiscale_equilibria_come_with_weights():
+    ours = create_model("mdeq_tiny.cifar10", pretrained=True).eval()
+    model = timm.create_model("restpoint_mdeq_tiny", pretrained=True, num_classes=10)
+    assert same(model, ours)
+    data = timm.data.resolve_model_data_config(model)
+    assert data["input_size"] == (3, 32, 32)
+    assert model.pretrained_cfg["label_names"][:2] == ("airplane", "automobile")
+    with torch.no_grad():
+        solution = model.eval().solve(torch.zeros(1, 3, 32, 32))
+    assert solution.converged.all()
+
+
 def test_a_tag_sets_the_arguments():
     model = timm.create_model("restpoint_ode_net_small.mnist")
     assert model.stem[0].out_channels == 32
