@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MORE = (3, 8, 13)
+MORE = (8,)
 """Clues that large boards are measured with, too, beyond their own."""
 
 
-SHOWN, COUNTED = 4, 256
+SHOWN, COUNTED = 4, 128
 """Boards in a picture, and boards whose share of solved ones is followed."""
 
 
@@ -45,7 +45,7 @@ class SudokuSolving(Task):
 
         Returns:
             solved, the share of boards; cells, the share of the cells that were empty. For boards larger than 4 x 4
-            also solved_more_3, _8 and _13: the shares where so many cells more were given, drawn at random.
+            also solved_more_8: the share where so many cells more were given, drawn at random.
         """
         was_training = model.training
         model.eval()
