@@ -64,9 +64,6 @@ def test_multiscale_equilibria_come_with_weights():
     data = timm.data.resolve_model_data_config(model)
     assert data["input_size"] == (3, 32, 32)
     assert model.pretrained_cfg["label_names"][:2] == ("airplane", "automobile")
-    with torch.no_grad():
-        solution = model.eval().solve(torch.zeros(1, 3, 32, 32))
-    assert solution.converged.all()
 
 
 def test_a_tag_sets_the_arguments():
