@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..models.deq import DEQ
 from ..models.flow import ContinuousFlow
 from ..models.ode import NeuralODE
+from ..zoo.watch import watched
 from .config import WarmupConfig
 from .tasks import Outcome, Task
 from .unrolled import unrolled
-from .watch import watched
 
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

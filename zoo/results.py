@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ..solvers.diagnose import peak_memory
 from .cards import Card
 from .factory import create_model
 from .steps import forced_steps
+from .watch import watched
 
 # What a user does with a model, on one batch.
 Use = Callable[[nn.Module, Any], Any]
@@ -89,7 +90,7 @@ def result(card: Card, batch: Any = None, use: Use | None = None) -> Result:
     model = create_model(card.name, pretrained=True).eval()
     return dataclasses.replace(
         row,
-        evaluations=_evaluations(model, batch) if row.evaluations is None else row.evaluations,
+        evaluations=_evaluations(model, batch, use) if row.evaluations is None else row.evaluations,
         milliseconds=1000 * _seconds(lambda: use(model, batch)) / _rows(batch),
         memory=_peak(lambda: use(model, batch)),
         memory_backward=_peak_backward(model, batch, use) / 2**20,
@@ -134,13 +135,10 @@ def _growth(model: nn.Module, batch: Any, use: Use) -> float | None:
     return peaks[1] / peaks[0]
 
 
-def _evaluations(model: nn.Module, batch: Any) -> float | None:
-    if not hasattr(model, "solve"):
-        return None
-    with torch.no_grad():
-        solved = model.solve(batch[0])  # type: ignore[operator]
-    solutions = solved if isinstance(solved, Sequence) else [solved]
-    return float(sum(solution.stats.evaluations.double().mean() for solution in solutions))
+def _evaluations(model: nn.Module, batch: Any, use: Use) -> float | None:
+    with torch.no_grad(), watched(model) as solves:
+        use(model, batch)
+    return float(sum(solution.stats.evaluations.double().mean() for solution in solves)) if solves else None
 
 
 def _peak(run: Callable[[], Any]) -> float:

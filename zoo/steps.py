@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..solvers.fixed_point import FixedPointSolver
-from ..solvers.ode import ConstantController
+from ..solvers.ode import ConstantController, Controller
 
 REFERENCE = 16
 
@@ -46,6 +46,15 @@ def _change(layer: Any, steps: int) -> dict[str, Any]:
     controller = getattr(layer, "controller", None)
     if isinstance(controller, ConstantController):
         return {"controller": dataclasses.replace(controller, dt=controller.dt * REFERENCE / steps)}
-    if controller is not None and isinstance(getattr(layer, "t", None), tuple):
-        return {"controller": ConstantController(dt=abs(layer.t[1] - layer.t[0]) / steps)}
+    span = _span(layer)
+    if isinstance(controller, Controller) and span is not None:
+        return {"controller": ConstantController(dt=span / steps)}
     return {}
+
+
+def _span(layer: Any) -> float | None:
+    """How long a layer's trajectories are, where it says so: by `t`, their start and end, or by `time`."""
+    t, time = getattr(layer, "t", None), getattr(layer, "time", None)
+    if isinstance(t, tuple):
+        return abs(t[1] - t[0])
+    return float(time) if isinstance(time, int | float) else None

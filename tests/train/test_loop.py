@@ -10,8 +10,8 @@ from restpoint.train import Config, DataConfig, ModelConfig, OptimizerConfig, Tr
 from restpoint.train.cli import _find_recipes, parse
 from restpoint.train.data import DATASETS, Affine, DataError, ImageSet, Source
 from restpoint.train.tasks import ImageClassification, Outcome
-from restpoint.train.watch import effort, watched
 from restpoint.zoo import Card, CardError, CheckpointError, Published, create_model, load_card
+from restpoint.zoo.watch import effort, watched
 from restpoint.zoo.weights import load_state, read_weights
 
 SMALL = {"channels": 8, "stem_channels": [8], "groups": 2, "max_steps": 15, "rtol": 1e-3}

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ...solvers import Solution
 from ...solvers.diagnose import jacobian_penalty, spectral_radius
 from ...solvers.options import options
+from ...zoo.watch import effort, watched
 from ..data.batches import Batch, Mixed
 from ..data.measured import measured_batches
 from ..figures import SHOWN, confusion_figure
 from ..regularise import growth_penalty
-from ..watch import effort, watched
 from .task import Outcome, Task
 
 if TYPE_CHECKING:
