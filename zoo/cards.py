@@ -286,10 +286,14 @@ def _encode(value: Any, where: str) -> Any:
         return {key: _encode(v, f"{where}.{key}") for key, v in value.items()}
     kind = type(value)
     if dataclasses.is_dataclass(kind) and getattr(solvers, kind.__name__, None) is kind:
-        inner = {
-            f.name: _encode(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(kind) if f.init
+        inner = {f.name: (getattr(value, f.name), f.default) for f in dataclasses.fields(kind) if f.init}
+        # A bound that is infinite unless it is said otherwise needs no word, and JSON has none for it.
+        said = {
+            name: own
+            for name, (own, default) in inner.items()
+            if not (isinstance(own, float) and own == math.inf == default)
         }
-        return {"$class": kind.__name__, **inner}
+        return {"$class": kind.__name__, **{name: _encode(own, f"{where}.{name}") for name, own in said.items()}}
     raise CardError(
         f"the argument {where} = {value!r} cannot be written on a card, which holds numbers, strings, lists, "
         "dictionaries, and the option classes that restpoint.solvers exports."

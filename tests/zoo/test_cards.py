@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from restpoint.solvers import GMRES, Anderson, ImplicitAdjoint, Picard
+from restpoint.solvers import GMRES, Anderson, ConstantController, ImplicitAdjoint, Picard, PIDController
 from restpoint.zoo import Card, CardError, Data, ImageInput, Published, Weights
 
 SHA = "0123456789abcdef" * 4
@@ -135,6 +135,12 @@ def test_an_argument_that_json_cannot_hold_is_refused_before_anything_is_written
     with pytest.raises(CardError, match="the argument strange"):
         card.save(tmp_path / "card.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_bounds_that_are_infinite_by_default_are_left_out():
+    arguments = {"bounded": ConstantController(dt=0.1, max_step=1.0), "free": PIDController(per_sample=True)}
+    card = dataclasses.replace(CARD, arguments=arguments)
+    assert Card.from_dict(json.loads(card.to_json())).arguments == arguments
 
 
 def test_options_inside_options_come_back_as_they_were():

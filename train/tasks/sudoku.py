@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...solvers.options import options
 from ..data.batches import generator_of
@@ -52,14 +52,10 @@ class SudokuSolving(Task):
         more: tuple[int, ...] = (0,)
         solved: dict[int, int] = {}
         count = right = empty = 0
-        for place, (puzzles, boards) in enumerate(batches):
+        for puzzles, boards in batches:
             more = (0, *MORE) if boards.shape[1] > 4 else (0,)
             for extra in more:
-                generator = generator_of(extra, place)
-                given = puzzles
-                if extra:
-                    number = torch.full((len(boards),), extra)
-                    given = reveal(puzzles.cpu(), boards.cpu(), number, generator).to(puzzles.device)
+                given = _with_more(puzzles, boards, extra, count) if extra else puzzles
                 hit = model.fill(given) == boards  # type: ignore[operator]
                 solved[extra] = solved.get(extra, 0) + int(hit.flatten(1).all(1).sum())
                 if not extra:
@@ -104,6 +100,16 @@ class SudokuSolving(Task):
         axes[-1].set_title(f"share solved, of {len(boards)}", fontsize=9)
         figure.suptitle(f"test set of {source.name}", fontsize=11)
         return figure
+
+
+def _with_more(puzzles: Tensor, boards: Tensor, extra: int, first: int) -> Tensor:
+    """The puzzles with `extra` cells more given; which these are depends on the place of the puzzle in the test set,
+    `first` for the first, and not on the batch that it is in.
+    """
+    number = torch.tensor([extra])
+    pairs = zip(puzzles.cpu().split(1), boards.cpu().split(1))
+    given = [reveal(*pair, number, generator_of(extra, first + i)) for i, pair in enumerate(pairs)]
+    return torch.cat(given).to(puzzles.device)
 
 
 def _draw_board(axis: Axes, puzzle: Any, filled: Any, board: Any) -> None:
