@@ -83,4 +83,6 @@ def _draw_mistakes(
         low, high = pixels.min(), pixels.max()
         pixels = ((pixels - low) / (high - low).clamp_min(1e-6)).permute(1, 2, 0)
         axis.imshow(pixels.squeeze(2).numpy(), cmap="gray_r")
-        axis.set_title(f"{classes[true]} read as {classes[taken]}", fontsize=8, color=RED)
+        title = f"{classes[true]} read as {classes[taken]}"
+        # Long names must not run into those of the next image.
+        axis.set_title(title, fontsize=min(8, 140 / len(title)), color=RED)

@@ -172,10 +172,10 @@ class NeuralCDE(nn.Module):
 @register_model(family="series", task="series-classification", accepts=NeuralCDE)
 def neural_cde_small(**arguments: Any) -> NeuralCDE:
     """A neural CDE of 32 hidden states and two layers of 64 units for short multivariate series."""
-    return NeuralCDE(**arguments)
+    return NeuralCDE(**{"variables": 12, **arguments})
 
 
 @register_model(family="series", task="series-classification", accepts=NeuralCDE)
 def test_neural_cde(**arguments: Any) -> NeuralCDE:
     """A neural CDE small enough for tests."""
-    return NeuralCDE(**{"hidden": 4, "width": 8, "depth": 1, **arguments})
+    return NeuralCDE(**{"variables": 3, "hidden": 4, "width": 8, "depth": 1, **arguments})

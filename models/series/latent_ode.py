@@ -185,10 +185,10 @@ class LatentODE(nn.Module):
 @register_model(family="series", task="series-classification", accepts=LatentODE)
 def latent_ode_small(**arguments: Any) -> LatentODE:
     """The latent ODE of Rubanova et al. 2019 with its sizes for PhysioNet: 20 latent and 40 recurrent states."""
-    return LatentODE(**arguments)
+    return LatentODE(**{"variables": 12, **arguments})
 
 
 @register_model(family="series", task="series-classification", accepts=LatentODE)
 def test_latent_ode(**arguments: Any) -> LatentODE:
     """A latent ODE small enough for tests."""
-    return LatentODE(**{"latent": 3, "hidden": 4, "width": 8, "depth": 1, **arguments})
+    return LatentODE(**{"variables": 3, "latent": 3, "hidden": 4, "width": 8, "depth": 1, **arguments})

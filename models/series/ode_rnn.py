@@ -191,10 +191,10 @@ def with_static(state: Tensor, static: Tensor | None, statics: int) -> Tensor:
 @register_model(family="series", task="series-classification", accepts=ODERNNClassifier)
 def ode_rnn_small(**arguments: Any) -> ODERNNClassifier:
     """An ODE-RNN of 40 hidden states."""
-    return ODERNNClassifier(**arguments)
+    return ODERNNClassifier(**{"variables": 12, **arguments})
 
 
 @register_model(family="series", task="series-classification", accepts=ODERNNClassifier)
 def test_ode_rnn(**arguments: Any) -> ODERNNClassifier:
     """An ODE-RNN small enough for tests."""
-    return ODERNNClassifier(**{"hidden": 4, "width": 8, "depth": 1, **arguments})
+    return ODERNNClassifier(**{"variables": 3, "hidden": 4, "width": 8, "depth": 1, **arguments})

@@ -225,4 +225,4 @@ def test_the_example_tells_odd_from_even_upside_down(tmp_path, caplog, capsys):
 def test_a_folder_that_is_missing_is_one_line_on_the_command_line(tmp_path, capsys):
     arguments = ["--config", "conv_deq_tiny_image_folder.yaml", "--output", str(tmp_path / "run")]
     assert main([*arguments, "--data-dir", str(tmp_path / "none")]) == 2
-    assert "is missing" in capsys.readouterr().err
+    assert "there is no folder" in capsys.readouterr().err

@@ -15,8 +15,6 @@ from restpoint.zoo import Published, create_model, list_models, load_card
 from restpoint.zoo.files import PACKAGE_CHECKPOINTS
 
 NAMES = sorted(path.stem for path in PACKAGE_CHECKPOINTS.glob("*.json"))
-# Trained before cards had pictures and said how long.
-UNDRAWN = {"mon_conv_small.mnist"}
 
 
 def test_cards_and_weights_come_in_pairs(home):
@@ -29,12 +27,12 @@ def test_nobody_has_to_guess_where_a_checkpoint_came_from(name, home):
     card = load_card(name)
     unknown = [f.name for f in dataclasses.fields(card) if getattr(card, f.name) in (None, "", {})]
     may_lack = {"arguments", "note"} | ({"input", "labels"} if card.task != "image-classification" else set())
-    assert set(unknown) <= may_lack | ({"epochs", "picture"} if name in UNDRAWN else set())
+    assert set(unknown) <= may_lack
     assert all((card.data.name, card.data.split, card.data.licence, card.data.source))
     assert card.command.startswith("restpoint-train ")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in UNDRAWN])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_picture_can_be_looked_at(name):
     path = PACKAGE_CHECKPOINTS / load_card(name).picture
     assert path.stat().st_size <= 120_000
@@ -43,7 +41,7 @@ def test_a_picture_can_be_looked_at(name):
         assert (picture.format, min(picture.size) > 150) == ("PNG", True)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in UNDRAWN])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_recipe_that_a_card_names_says_the_same(name):
     card = load_card(name)
     words = shlex.split(card.command)
@@ -82,7 +80,7 @@ def test_the_page_of_results_is_that_of_the_cards(home):
     docs = PACKAGE_CHECKPOINTS.parent / "docs"
     remedy = "make docs/results.md and results.csv anew: restpoint results --data-dir DATA_DIR --markdown, --csv"
     rows = {row["model"]: row for row in csv.DictReader((docs / "results.csv").read_text().splitlines())}
-    assert rows.keys() <= set(NAMES), remedy
+    assert rows.keys() == set(NAMES), remedy
     page = (docs / "results.md").read_text()
     for name, row in rows.items():
         card = load_card(name)
