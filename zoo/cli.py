@@ -29,7 +29,7 @@ from .write import Written, continue_texts
 
 PAGE = """# Results
 
-Made by `restpoint results --markdown --data-dir DATA_DIR`; `--csv` instead gives [the same in full](results.csv).
+Made by `restpoint results --markdown --batch {batch} --data-dir DATA_DIR`; `--csv` gives [the same](results.csv).
 
 - `value` is the model's metric on its test data, as its card says; `published` is what the literature reports.
 - `evaluations` of the cell or field are the mean per sample.

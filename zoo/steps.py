@@ -42,7 +42,8 @@ def forced_steps(model: nn.Module, steps: int) -> Iterator[int]:
 
 def _change(layer: Any, steps: int) -> dict[str, Any]:
     if isinstance(getattr(layer, "solver", None), FixedPointSolver) and hasattr(layer, "max_steps"):
-        return {"rtol": 0.0, "atol": 0.0, "max_steps": steps}
+        knobs = {"rtol": 0.0, "atol": 0.0, "max_steps": steps}
+        return {name: value for name, value in knobs.items() if hasattr(layer, name)}
     controller = getattr(layer, "controller", None)
     if isinstance(controller, ConstantController):
         return {"controller": dataclasses.replace(controller, dt=controller.dt * REFERENCE / steps)}

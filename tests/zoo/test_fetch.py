@@ -125,6 +125,8 @@ def test_another_file_under_the_same_name_is_thrown_away(shop, tmp_path):
 def test_whoever_interrupts_a_transfer_leaves_no_litter(shop, tmp_path):
     weights = shop("hangs")
     code = "from pathlib import Path; from restpoint.zoo import Weights; from restpoint.zoo.fetch import *; "
+    # What runs in the background inherits that interrupts are ignored.
+    code += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     code += f"fetch_weights({weights!r}, Path({str(tmp_path)!r}))"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     assert Shop.waiting.wait(timeout=60)
