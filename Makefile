@@ -64,6 +64,7 @@ $(VENV)/.docs: setup.py | $(VENV)/bin/python
 
 $(VENV)/.bench: setup.py | $(VENV)/bin/python
 	$(PIP) --editable ".[bench]"
+	$(PIP) --no-deps "qpth>=0.0.18"
 	touch $(VENV)/.base $@
 
 $(TREE): Makefile
