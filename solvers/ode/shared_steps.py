@@ -27,7 +27,7 @@ UNDERFLOW = 16 * 2.0**-52
 # errors from growing, and the derivative of the steps that were taken, which knows nothing of it, grows without bound.
 STABLE = 0.98
 # One in so many steps is looked at while the last one looked at was shorter than this fraction.
-_CALM, _STRAINED = 4, 0.9
+CALM, STRAINED = 4, 0.9
 # Of a step whose stage equations could not be solved.
 GIVE_WAY = 0.5
 
@@ -188,12 +188,12 @@ class SharedSteps:
         """The error in units of the tolerance, and the step's length in units of the longest stable one."""
         assert step.error is not None
         # Far from the limit a look now and then will do.
-        self.strained = self.strained or self.accepted % _CALM == 0
+        self.strained = self.strained or self.accepted % CALM == 0
         strain = self.method.strain(h, step) if self.strained else None
         if strain is None:
             return self.tolerance.batch_ratio(step.error, scale, self.alive), 0.0
         ratio, worst = self.tolerance.batch_ratio_beside(step.error, scale, self.alive, strain)
-        self.strained = worst > _STRAINED
+        self.strained = worst > STRAINED
         return ratio, worst
 
     def _first_step(self, t: float, y: Tensor, carry: Carry) -> float:

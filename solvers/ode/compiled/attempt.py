@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..control import Controller
 from ..method import Carry, Method, Rhs, Step
-from ..shared_steps import RETREAT, STRETCH, UNDERFLOW
+from ..shared_steps import CALM, RETREAT, STABLE, STRAINED, STRETCH, UNDERFLOW
 
 RUNNING, ARRIVED, TROUBLE = 0, 1, 2
 
@@ -40,7 +40,7 @@ class Plan:
         method: the integrator.
         controller: of its steps.
         columns: those that are controlled; None for all.
-        capacity: accepted steps in a chunk of memory.
+        capacity: accepted steps in a chunk of memory, a multiple of `CALM`, so that every chunk counts alike.
         slots: dense outputs in a chunk of memory; 0 where none is wanted.
         every: whether all dense outputs are wanted, and not those around output times alone.
         carries: tensors that a step hands to the next one.
@@ -79,6 +79,7 @@ class Position(NamedTuple):
         filled: dense outputs in this chunk.
         phase: RUNNING, ARRIVED or TROUBLE.
         steady: whether the last attempt was accepted.
+        strained: whether the next attempt is to be looked at for stability in any case.
         budget: attempts that may be made in this chunk.
         y: the state (batch, n).
         carry: what the method hands from step to step.
@@ -93,6 +94,7 @@ class Position(NamedTuple):
     filled: Tensor
     phase: Tensor
     steady: Tensor
+    strained: Tensor
     budget: Tensor
     y: Tensor
     carry: tuple[Tensor, ...]
@@ -101,7 +103,7 @@ class Position(NamedTuple):
     def flat(self) -> list[Tensor]:
         """In few tensors, each of which costs time in every attempt: numbers, counts, state and carry."""
         states = [part.contiguous() for part in (self.y, *self.carry)]
-        return [torch.stack([*self[:3], *self.history]), torch.stack(self[3:9]), *states]
+        return [torch.stack([*self[:3], *self.history]), torch.stack(self[3:10]), *states]
 
     @staticmethod
     def of(tensors: Sequence[Tensor], plan: Plan) -> Position:
@@ -175,8 +177,9 @@ def attempt(plan: Plan, rhs: Rhs, here: Position, setting: Setting, chunk: Chunk
     lands = left.abs() <= here.h.abs() * (1 + STRETCH)
     h = torch.where(lands, left, here.h)
     step, dense = plan.step(rhs, here.t, here.y, h, here.carry)
-    history, ratio = here.history, here.ratio
+    history, ratio, strained = here.history, here.ratio, here.strained
     if control.adaptive:
+        strain, strained = _strain(plan, step, h, here)
         ratio = _ratio(plan, step, here.y, setting)
         finite = ratio.isfinite()
         good = (ratio <= 1) | ((h.abs() <= control.min_step) & finite)
@@ -185,6 +188,8 @@ def attempt(plan: Plan, rhs: Rhs, here: Position, setting: Setting, chunk: Chunk
         factor = torch.where(steady & good, factor, factor.clamp(max=1.0))
         grown = h * factor
         wish = torch.where(lands & good, torch.maximum(here.h.abs(), grown.abs()), grown.abs())
+        if strain is not None:
+            wish = torch.where(good & (strain > 0), torch.minimum(wish, h.abs() * STABLE / strain), wish)
         wish = wish.clamp(control.min_step, control.max_step) * sign
         wish = torch.where(finite, wish, h * RETREAT)
         # What is ended for want of a step that time resolves is left to the other driver.
@@ -208,6 +213,7 @@ def attempt(plan: Plan, rhs: Rhs, here: Position, setting: Setting, chunk: Chunk
         filled=here.filled + (keeps & wanted),
         phase=torch.where(active, phase, here.phase),
         steady=torch.where(active, good, steady).long(),
+        strained=torch.where(active, strained, here.strained),
         budget=here.budget,
         y=torch.where(keeps, step.y, here.y),
         carry=tuple(torch.where(keeps, new, old) for new, old in zip(step.carry, here.carry)),
@@ -215,6 +221,16 @@ def attempt(plan: Plan, rhs: Rhs, here: Position, setting: Setting, chunk: Chunk
             torch.where(keeps, torch.as_tensor(new, dtype=old.dtype), old) for new, old in zip(following, history)
         ),
     )
+
+
+def _strain(plan: Plan, step: Step, h: Tensor, here: Position) -> tuple[Tensor | None, Tensor]:
+    """The step's length in units of the longest stable one, 0 where it is not looked at, and whether to look again."""
+    strain = plan.method.strain(h, step)
+    if strain is None:
+        return None, here.strained
+    looks = (here.strained > 0) | (here.accepted % CALM == 0)
+    strain = torch.where(looks, strain.max().double(), 0.0)
+    return strain, (strain > STRAINED).long()
 
 
 def _ratio(plan: Plan, step: Step, y: Tensor, setting: Setting) -> Tensor:

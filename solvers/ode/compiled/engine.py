@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...transforms import no_derivatives
 from ..problem import Problem
+from ..shared_steps import CALM
 from .attempt import RUNNING, Chunk, FunctionalRhs, Plan, Position, flat_attempt
 from .fingerprint import Fingerprint
 from .loop import Loop, current_mode
@@ -49,7 +50,8 @@ class Engine:
         """
         y, device = problem.y0, problem.y0.device
         self._inner, self._mode = inner, current_mode()
-        capacity = max(1, min(_LONGEST, _CHUNK // max(y.numel() * y.element_size(), 1)))
+        capacity = min(_LONGEST, _CHUNK // max(y.numel() * y.element_size(), 1))
+        capacity = max(capacity // CALM, 1) * CALM
         slots = capacity if problem.dense else min(capacity, inner)
         control, rhs = problem.controller, self._rhs(problem, args)
         with no_derivatives():
@@ -79,7 +81,7 @@ class Engine:
         def number(value: float) -> Tensor:
             return torch.tensor(value, dtype=torch.float64, device=y.device)
 
-        counts = torch.tensor([0, 0, 0, RUNNING, True, 0], device=y.device).unbind()
+        counts = torch.tensor([0, 0, 0, RUNNING, True, True, 0], device=y.device).unbind()
         history = tuple(number(1.0) for _ in range(self.plan.memories))
         return Position._make((number(t), number(h), number(0.0), *counts, y, carry, history))
 
