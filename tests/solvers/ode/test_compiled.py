@@ -96,6 +96,39 @@ def test_the_same_steps_values_and_derivatives(t, options):
         assert torch.equal(compiled.stats.evaluations, eager.stats.evaluations)
 
 
+@pytest.mark.parametrize(
+    "solver, end, least",
+    [
+        (Tsit5(), 2.0, 50),
+        (Dopri8(), 2.0, 50),
+        # Over the ends of chunks of memory.
+        pytest.param(Tsit5(), 20.0, 500, marks=pytest.mark.slow),
+        pytest.param(Dopri8(), 20.0, 400, marks=pytest.mark.slow),
+    ],
+    ids=repr,
+)
+def test_steps_at_the_limit_of_stability(solver, end, least):
+    """In which rounding is multiplied."""
+    mu = torch.tensor([1.0, 20.0, 50.0], dtype=torch.float64).requires_grad_()
+
+    def field(t, y, mu):
+        return torch.stack([y[:, 1], mu * (1 - y[:, 0] ** 2) * y[:, 1] - y[:, 0]], 1)
+
+    found = []
+    for compile in (False, True):
+        y0 = torch.tensor([[2.0, 0.0]], dtype=torch.float64).repeat(3, 1).requires_grad_()
+        with interpreted():
+            options = {"solver": solver, "rtol": 1e-6, "atol": 1e-6, "compile": compile}
+            solution = solve_ode(field, y0, (0.0, end), (mu,), **options)
+            found.append((solution, torch.autograd.grad(solution.value[-1, :, 0].sum(), [y0, mu])))
+    (eager, expected), (compiled, grads) = found
+    assert int(eager.stats.accepted[0]) > least
+    assert torch.equal(compiled.stats.accepted, eager.stats.accepted)
+    assert torch.equal(compiled.stats.rejected, eager.stats.rejected)
+    torch.testing.assert_close(compiled.value, eager.value, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(grads, expected, rtol=1e-5, atol=1e-8)
+
+
 def test_every_dense_output():
     eager, compiled = agree(network, randn(4, 3), TIMES, dense=True)
     t = torch.linspace(0, 2, 11, dtype=torch.float64)
