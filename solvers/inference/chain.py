@@ -11,6 +11,7 @@ from torch import Tensor
 from ..transforms import inside_transform
 from . import checks
 from .chain_kernel import MODERATE, LogPartition, Marginals, forward_scores, sample_states
+from .chain_shared import SharedLogPartition, at_every_step
 from .distribution import Parts, Structured
 from .lazy import lazy
 from .semiring import Semiring, draw
@@ -34,8 +35,9 @@ class LinearChain(Structured):
     A structure is a tensor of states (batch, length), -1 beyond the length; marginals are `ChainMarginals`.
 
     Log-partition and marginals come from a scaled forward-backward pass whose first and second derivatives are in
-    closed form: nothing but the marginals is stored for them. On a CUDA device everything is a parallel scan instead,
-    of logarithmic depth, which costs `states` times as many operations.
+    closed form: nothing but the marginals is stored for them. Where transitions are the same at every step, the
+    log-partition stores length x states. On a CUDA device everything is a parallel scan instead, of logarithmic depth,
+    which costs `states` times as many operations.
 
     Args:
         potentials: of transitions (batch, length - 1, states, states), [.., t, i, j] for i at t and j at t + 1.
@@ -72,14 +74,23 @@ class LinearChain(Structured):
         edges = checks.finite(edges, "potentials", None if padding is None else padding[:, 1:, None, None])
         own = checks.finite(own, "unary", None if padding is None else padding[:, :, None])
         self._parts = (edges, checks.masked(own, mask, "the states"))
+        # Transitions that stand for those of all steps, as long as the parts are these.
+        self._shared = (shared_by_steps(potentials, "potentials", own), edges)
         self._has_mask = mask is not None
         self.parallel = own.is_cuda if parallel is None else parallel
 
     @lazy
     def _moderate(self) -> bool:
         """Whether all potentials, those in the padding too, can do without logarithms."""
-        bounds = [p.detach().aminmax() for p in self._parts if p.numel()]
+        edges, own = self._parts
+        shared = self._same()
+        bounds = [p.detach().aminmax() for p in (edges if shared is None else shared, own) if p.numel()]
         return all(bool((low >= -MODERATE) & (high <= MODERATE)) for low, high in bounds)
+
+    def _same(self) -> Tensor | None:
+        """The transitions of every step, where there are steps and they share them."""
+        shared, of = self._shared
+        return shared if of is self._parts[0] and of.numel() else None
 
     def _valid(self) -> Tensor | None:
         return None if self.lengths is None else self._within(self._parts[1].shape[1]).T.contiguous()
@@ -122,6 +133,9 @@ class LinearChain(Structured):
             return super()._log_partition()
         edges, own = self._parts
         if torch.is_grad_enabled() and (edges.requires_grad or own.requires_grad):
+            shared = self._same()
+            if shared is not None:
+                return SharedLogPartition.apply(shared, own, self._valid(), self._moderate, self._weigh)
             return LogPartition.apply(edges, own, self._valid(), self._moderate, self._weigh)
         with torch.no_grad():
             return forward_scores(edges, own, self._valid())[0]
@@ -186,15 +200,20 @@ def stationary(given: Tensor | None, name: str, own: Tensor, own_name: str) -> T
     """
     batch, length, states = own.shape[0], own.shape[1], own.shape[-1]
     shape = (batch, length - 1, states, states)
-    if given is None:
-        return own.new_zeros(()).expand(shape)
-    if isinstance(given, Tensor) and tuple(given.shape) == shape[2:]:
-        given = given.expand(shape)
-    elif isinstance(given, Tensor) and tuple(given.shape) == (batch, states, states):
-        given = given.unsqueeze(1).expand(shape)
-    edges = checks.potentials(given, name, shape)
+    shared = shared_by_steps(given, name, own)
+    edges = checks.potentials(given, name, shape) if shared is None else at_every_step(shared, batch, length)
     checks.alike(edges, name, own, own_name)
     return edges
+
+
+def shared_by_steps(given: Tensor | None, name: str, own: Tensor) -> Tensor | None:
+    """Transitions (states, states) or (batch, states, states) that hold at every step, or None; as `stationary`."""
+    batch, states = own.shape[0], own.shape[-1]
+    if given is None:
+        return own.new_zeros(states, states)
+    if isinstance(given, Tensor) and tuple(given.shape) in ((states, states), (batch, states, states)):
+        return checks.potentials(given, name, tuple(given.shape))
+    return None
 
 
 class HiddenMarkov(LinearChain):

@@ -50,7 +50,7 @@ def forward_scores(edges: Tensor, unary: Tensor, valid: Tensor | None) -> tuple[
         raw, _ = _combine(scores.unsqueeze(2) + edge, own)
         following, top = _centre(raw)
         if valid is not None:
-            following, top = _hold(valid[t], following, top, scores, 0.0)
+            following, top = hold(valid[t], following, top, scores, 0.0)
         scores = following
         kept.append(scores)
         tops.append(top)
@@ -83,7 +83,7 @@ def _by_scores(
         sums.append(total.clamp_(min=1))
         following, top = _centre(raw)
         if valid is not None:
-            following, top = _hold(valid[t], following, top, scores, 0.0)
+            following, top = hold(valid[t], following, top, scores, 0.0)
         scores = following
         tops.append(top)
     end = torch.logsumexp(scores, 1)
@@ -99,14 +99,14 @@ def _by_probabilities(
     A sum over prefixes is at least exp(-20), and so what underflows is below 1e-25 of it.
     """
     factors = unary.exp()
-    share, norm = _normalise(factors[:, 0])
+    share, norm = normalise(factors[:, 0])
     sums, norms = [], [norm]
     for t, (edge, own, weights) in enumerate(zip(edges.unbind(1), factors.unbind(1)[1:], into, strict=True), 1):
         total = torch.exp(edge, out=weights).mul_(share.unsqueeze(2)).sum(1)
         sums.append(total)
-        following, norm = _normalise(total * own)
+        following, norm = normalise(total * own)
         if valid is not None:
-            following, norm = _hold(valid[t], following, norm, share, 1.0)
+            following, norm = hold(valid[t], following, norm, share, 1.0)
         share = following
         norms.append(norm)
     return torch.cat(norms, 1).log().sum(1), share, sums
@@ -140,7 +140,7 @@ def backward_weights(weights: Weights, last: Tensor, valid: Tensor | None, out: 
 
 def _combine(scores: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     """Turn scores (batch, from, to) in place into exponentials over the largest; next raw scores, and the sums."""
-    top = _finite(scores.amax(1, keepdim=True))
+    top = finite_top(scores.amax(1, keepdim=True))
     total = scores.sub_(top).exp_().sum(1)
     return total.log().add_(top.squeeze(1)).add_(own), total
 
@@ -148,21 +148,21 @@ def _combine(scores: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
 def _centre(raw: Tensor) -> tuple[Tensor, Tensor]:
     """Scores less the largest, and the largest (batch, 1)."""
     top = raw.amax(1, keepdim=True)
-    return raw - _finite(top), top
+    return raw - finite_top(top), top
 
 
-def _normalise(weights: Tensor) -> tuple[Tensor, Tensor]:
+def normalise(weights: Tensor) -> tuple[Tensor, Tensor]:
     """Weights over their sum, and the sum (batch, 1)."""
     total = weights.sum(1, keepdim=True)
     return weights / total, total
 
 
-def _finite(top: Tensor) -> Tensor:
-    # Minus infinity less the lowest number is minus infinity, where less itself it would be NaN.
+def finite_top(top: Tensor) -> Tensor:
+    """A maximum to subtract: minus infinity less the lowest number is minus infinity, where less itself it is NaN."""
     return top.clamp(min=torch.finfo(top.dtype).min)
 
 
-def _hold(inside: Tensor, following: Tensor, scale: Tensor, before: Tensor, one: float) -> tuple[Tensor, Tensor]:
+def hold(inside: Tensor, following: Tensor, scale: Tensor, before: Tensor, one: float) -> tuple[Tensor, Tensor]:
     """Beyond the length everything stays what it was, and the scale is `one`."""
     inside = inside.unsqueeze(1)
     return torch.where(inside, following, before), torch.where(inside, scale, one)
