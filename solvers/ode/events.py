@@ -20,6 +20,8 @@ T = TypeVar("T")
 # The bracket of an event's place within its step, as a fraction of the step, is closed to this width.
 _WIDTH = 1e-14
 _ITERATIONS = 100
+# A condition is zero at the last time if so many roundings of what it is computed from would make it so.
+_ROUNDINGS = 100
 
 
 @options
@@ -28,7 +30,10 @@ class Event:
 
     An event is noticed where the signs at the two ends of an accepted step differ; pairs of changes within one step
     cancel, against which a `max_step` of the controller helps. A condition that is zero at the start does not count
-    until it has left zero; one that is zero at the last time does, if it is computed as zero there: rounding decides.
+    until it has left zero. One that comes to zero at the last time does count, also where rounding keeps it from being
+    computed as zero: if the last step takes it down to what a hundred roundings of t and of the state make of it. The
+    error of the solve is larger than that, so whether an event happens at the last time is known where the solution
+    is exact but for rounding, as it is for a condition on time alone, and elsewhere by chance: end the solve later.
 
     Attributes:
         condition: a function of (t, y, *args) with one real number per sample (batch,); t is (batch,).
@@ -99,21 +104,27 @@ class EventTracker:
     def __init__(self, events: Sequence[Event], rhs: Rhs) -> None:
         self.events, self.rhs = events, rhs
         self.hits: list[Hit] = []
-        self._signs: list[Tensor] = []
+        self._values: list[Tensor] = []
 
     def start(self, t: Tensor, y: Tensor) -> None:
-        """Note the signs at the start."""
-        self._signs = [self._condition(event, t, y).sign() for event in self.events]
+        """Note the conditions at the start."""
+        self._values = [self._condition(event, t, y) for event in self.events]
 
-    def crossings(self, t: Tensor, y: Tensor, moved: Tensor) -> list[tuple[int, Tensor]]:
-        """Which events (index, samples (batch,)) the samples that `moved` met on their way to `y` at `t` (batch,)."""
+    def crossings(self, t: Tensor, y: Tensor, moved: Tensor, final: Tensor | None) -> list[tuple[int, Tensor]]:
+        """Which events (index, samples (batch,)) the samples that `moved` met on their way to `y` at `t` (batch,).
+
+        `final` are those for which this is the last time, None if it is for none.
+        """
         found: list[tuple[int, Tensor]] = []
         for i, event in enumerate(self.events):
-            before, now = self._signs[i], self._condition(event, t, y).sign()
-            crossed = moved & (before != 0) & (now != before)
+            value, now = self._values[i], self._condition(event, t, y)
+            before, after = value.sign(), now.sign()
+            if final is not None:
+                after = torch.where(final & self._vanishes(event, t, y, value, now), 0.0, after)
+            crossed = moved & (before != 0) & (after != before)
             if event.direction:
                 crossed = crossed & (before == -event.direction)
-            self._signs[i] = torch.where(moved, now, before)
+            self._values[i] = torch.where(moved, now, value)
             found.append((i, crossed))
         if not any_true(torch.stack([crossed for _, crossed in found])):
             return []
@@ -146,6 +157,16 @@ class EventTracker:
                 self.hits.append(Hit(i, pick, counts, theta))
         return ended, last
 
+    def _vanishes(self, event: Event, t: Tensor, y: Tensor, before: Tensor, now: Tensor) -> Tensor:
+        """For which samples (batch,) the condition came down to `now`, which is zero but for rounding."""
+        eps = torch.finfo(self.rhs.spec.dtype).eps
+        fell = now.abs() <= before.abs() * eps**0.5
+        if not any_true(fell & (now != 0)):
+            return fell & (now == 0)
+        by_t, by_y = _slopes(event, self.rhs, t, y)
+        size = (by_t * t).abs() + (by_y * y).abs().sum(-1)
+        return fell & (now.abs() <= _ROUNDINGS * eps * size)
+
     def _condition(self, event: Event, t: Tensor, y: Tensor) -> Tensor:
         return evaluate(event, self.rhs, t, y)
 
@@ -163,13 +184,11 @@ class EventTracker:
             middle = torch.where(span == 0, 0.5 * (low + high), (low * at_high - high * at_low) / span)
             middle = torch.where((middle > low) & (middle < high), middle, 0.5 * (low + high))
             at = value(middle)
-            left = at.sign() == at_low.sign()
+            left, found = at.sign() == at_low.sign(), at == 0
             # The end that stays counts for half the next time.
-            at_low, at_high = (
-                torch.where(left, at, torch.where(at == 0, 0.0, 0.5 * at_low)),
-                torch.where(left, 0.5 * at_high, at),
-            )
-            low, high = torch.where(left, middle, low), torch.where(left, high, middle)
+            at_low, at_high = torch.where(left, at, 0.5 * at_low), torch.where(left, 0.5 * at_high, at)
+            # Where it is found both ends meet, and it stays while others are looked for.
+            low, high = torch.where(left | found, middle, low), torch.where(left & ~found, high, middle)
             if not any_true((high - low > _WIDTH) & (at.abs() > 0)):
                 break
         return torch.where(at.abs() == 0, middle, high)
@@ -208,6 +227,25 @@ def attach(event: Event, rhs: Rhs, dense: Tensor, theta: Tensor, t: Tensor, h: T
         for _ in range(2):
             theta = theta - evaluate(event, rhs, t + theta * h, state(theta)) / slope
     return t + theta * h, state(theta)
+
+
+def _slopes(event: Event, rhs: Rhs, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The condition's derivatives (batch,) and (batch, n) with respect to time and state, constants."""
+
+    def total(t: Tensor, y: Tensor) -> Tensor:
+        return evaluate(event, rhs, t, y).sum()
+
+    if inside_transform():
+        by_t, by_y = torch.func.grad(total, (0, 1))(t.detach(), y.detach())
+        return by_t.detach(), by_y.detach()
+    with torch.inference_mode(False), torch.enable_grad():
+        # Copies can be differentiated also where the solve runs in inference mode.
+        leaves = t.detach().clone().requires_grad_(), y.detach().clone().requires_grad_()
+        value = total(*leaves)
+        if not value.requires_grad:
+            return torch.zeros_like(t), torch.zeros_like(y)
+        by_t, by_y = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+    return by_t, by_y
 
 
 def _slope(event: Event, rhs: Rhs, dense: Tensor, theta: Tensor, t: Tensor, h: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ class SampleSteps:
                 self.keeper.offer(iteration, y, handed, breaks)
             bare, breaks = step.carry, False
             new_t = torch.where(lands, target, t + step_h)
-            crossings = self.tracker.crossings(new_t, step.y, accepted) if self.tracker else []
+            crossings = self.tracker.crossings(new_t, step.y, accepted, arrived & (kind == END)) if self.tracker else []
             dense = method.dense(rhs, t, y, step_h, step) if interpolate or observe or crossings else None
             if interpolate and dense is not None:
                 self.waiting.append(dense)

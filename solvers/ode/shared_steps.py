@@ -143,7 +143,7 @@ class SharedSteps:
                     break
                 continue
             new_t = target if lands else t + step_h
-            crossings = self._crossings(new_t, step.y)
+            crossings = self._crossings(new_t, step.y, lands == END)
             wanted, bare = self._wants_dense(new_t) or bool(crossings), step.carry
             if wanted:
                 self.picks.append(self.accepted)
@@ -286,10 +286,11 @@ class SharedSteps:
         self._replace(lost)
         return True
 
-    def _crossings(self, t: float, y: Tensor) -> list[tuple[int, Tensor]]:
+    def _crossings(self, t: float, y: Tensor, final: bool) -> list[tuple[int, Tensor]]:
         if self.tracker is None:
             return []
-        return self.tracker.crossings(torch.full_like(self.reached, t), y, self._living())
+        living = self._living()
+        return self.tracker.crossings(torch.full_like(self.reached, t), y, living, living if final else None)
 
     def _locate(self, crossings: list[tuple[int, Tensor]], t: float, h: float) -> bool:
         """Locate events within the step just taken; whether any sample ended."""

@@ -162,6 +162,77 @@ def test_an_event_saves_a_sample_from_what_lies_behind_it(per_sample):
     torch.testing.assert_close(grad, torch.tensor([[0.0], [(1 / 0.9) ** 2]], dtype=F64), atol=1e-6, rtol=1e-6)
 
 
+def test_a_zero_that_is_hit_exactly_stays_while_others_are_looked_for():
+    """The middle of the only step is one sample's; the other's takes a number of iterations."""
+    y0, goal = torch.zeros((2, 1), dtype=F64), torch.tensor([0.5, 0.3], dtype=F64)
+    event = Event(lambda t, y: y[:, 0] ** 3 + y[:, 0] - goal**3 - goal)
+    for order in ([0, 1], [1, 0]):
+        goal = goal[order]
+        step = ConstantController(dt=1.0)
+        solution = solve_ode(lambda t, y: torch.ones_like(y), y0, (0.0, 1.0), events=event, controller=step)
+        torch.testing.assert_close(solution.event.t, goal, rtol=0, atol=1e-12)
+    linear = Event(lambda t, y: torch.where(goal == 0.5, y[:, 0] - 0.5, y[:, 0] ** 3 - 0.1))
+    solution = solve_ode(lambda t, y: torch.ones_like(y), y0, (0.0, 1.0), events=linear, controller=step)
+    expected = torch.where(goal == 0.5, 0.5, torch.tensor(0.1 ** (1 / 3), dtype=F64))
+    torch.testing.assert_close(solution.event.t, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("direction", [-1, 0, 1])
+@pytest.mark.parametrize("sign", [1.0, -1.0], ids=["forwards", "backwards"])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_an_event_at_the_last_time(per_sample, sign, direction):
+    """The state grows with time from 0 and 1e6: it is exact but for rounding, in which the condition would drown."""
+    y0 = torch.tensor([[0.0], [1e6]], dtype=F64)
+    controller = PIDController(per_sample=per_sample)
+
+    def solved(end, span=0.7):
+        condition = Event(lambda t, y: (y - y0)[:, 0] * sign - end, direction=direction)
+        return solve_ode(
+            lambda t, y: torch.ones_like(y), y0, (0.0, sign * span), events=condition, controller=controller
+        )
+
+    for grad in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with grad():
+            solution = solved(0.7)
+        if direction < 0:
+            assert solution.stats.status.tolist() == [Status.CONVERGED] * 2
+        else:
+            assert solution.stats.status.tolist() == [Status.EVENT] * 2
+            torch.testing.assert_close(solution.event.t, torch.full((2,), sign * 0.7, dtype=F64), rtol=0, atol=2e-9)
+            assert not solution.value.isnan().any()
+    # An event that lies behind the last time by more than rounding does not happen, and none where it is passed.
+    assert solved(0.7 + 1e-7).stats.status.tolist() == [Status.CONVERGED] * 2
+    if direction >= 0:
+        solution = solved(0.7, 1.3)
+        assert solution.stats.status.tolist() == [Status.EVENT] * 2
+        torch.testing.assert_close(solution.event.t, torch.full((2,), sign * 0.7, dtype=F64), rtol=0, atol=2e-9)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_at_the_last_time_a_condition_that_is_always_almost_zero_does_not_count(per_sample):
+    """At rest within rounding, and on the way there."""
+    controller = PIDController(per_sample=per_sample)
+    event = Event(lambda t, y: y[:, 0] - 1)
+    for start, end in ((1 + 1e-15, 1.0), (2.0, 25.0)):
+        y0 = torch.full((1, 1), start, dtype=F64)
+        solution = solve_ode(
+            lambda t, y: 1 - y, y0, (0.0, end), events=event, controller=controller, rtol=1e-10, atol=1e-10
+        )
+        assert solution.stats.status.tolist() == [Status.CONVERGED]
+
+
+def test_an_event_at_the_last_time_inside_torch_func():
+    def when(rate):
+        y0 = torch.zeros((1, 1), dtype=F64)
+        event = Event(lambda t, y: y[:, 0] - 0.7)
+        return solve_ode(lambda t, y: rate * torch.ones_like(y), y0, (0.0, 0.7), events=event).event.t.sum()
+
+    rate = torch.tensor(1.0, dtype=F64)
+    assert float(torch.func.grad(when)(rate)) == pytest.approx(-0.7, rel=1e-9)
+    leaf = rate.clone().requires_grad_()
+    assert float(torch.autograd.grad(when(leaf), leaf)[0]) == pytest.approx(-0.7, rel=1e-9)
+
+
 def test_no_event_happens():
     solution = solve_ode(lambda t, y: y, torch.ones(2, 1), (0.0, 1.0), events=Event(lambda t, y: y[:, 0] + 1.0))
     assert solution.event.index.tolist() == [-1, -1]
