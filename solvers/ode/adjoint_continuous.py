@@ -34,6 +34,9 @@ from .times import Times
 # Gauss-Legendre nodes and weights on [0, 1], exact for polynomials of degree 5.
 _NODES = (0.5 - math.sqrt(0.15), 0.5, 0.5 + math.sqrt(0.15))
 _WEIGHTS = (5 / 18, 8 / 18, 5 / 18)
+# After so many attempts, and so many for each step that the forward solve took over the interval, it is asked whether
+# the budget will do at this pace; and again whenever their number has doubled.
+_ATTEMPTS, _ATTEMPTS_PER_STEP = 50, 5
 
 
 class Refused(Exception):
@@ -52,7 +55,8 @@ class ContinuousAdjoint(Adjoint):
         solver: the integrator; None for that of the forward solve.
         rtol, atol: its tolerances; None for those of the forward solve. atol is relative to the largest cotangent
             that arrives, so that the scale of a loss does not matter.
-        max_steps: its budget between two output times; None for that of the forward solve.
+        max_steps: its budget between two output times; None for that of the forward solve. The backward solve fails as
+            soon as it has taken several times the steps of the forward one and will, at its pace, not keep to it.
         fallback: where the backward solve fails, warn with an `AdjointWarning` that says why, and take the exact
             derivatives of the accepted steps, repeated from the initial value. Otherwise raise a `SolverError`.
     """
@@ -180,6 +184,8 @@ class BackwardSolve:
         self.steps: Tensor | int = 0
         self.rejected: Tensor | int = 0
         self.step: Time | None = None
+        starts = [torch.as_tensor(taken.t, dtype=torch.float64) for taken in self.run.mesh.steps]
+        self._starts = torch.stack(starts) if starts else torch.zeros((0,), dtype=torch.float64)
 
     def pull(self) -> Cotangents:
         """Cotangents of everything.
@@ -225,48 +231,82 @@ class BackwardSolve:
         return product.sum(-1) if self.problem.per_sample else product.sum()
 
     def _between(self, here: Time, there: Time, matrix: Tensor, scale: float) -> Tensor:
-        """The matrix after integration from one time back to another."""
+        """The matrix after integration from one time back to another.
+
+        Raises:
+            Refused: it failed, or is going to.
+        """
         ends = self.problem.times.values
         near = 1e-12 * (ends[..., -1] - ends[..., 0]).abs()
         if isinstance(here, Tensor):
             assert isinstance(there, Tensor)
             # Stops at the two ends of neighbouring steps differ by rounding.
-            values = torch.stack([here, torch.where((here - there).abs() <= near, here, there)], dim=1)
-            times = Times(values, values, None)
+            here = torch.where((here - there).abs() <= near, there, here)
         elif not isinstance(there, Tensor) and abs(here - there) <= float(near):
             return matrix
+        most = self.problem.max_steps if self.solve.knobs.max_steps is None else self.solve.knobs.max_steps
+        tried, tries, start = 0, _ATTEMPTS + _ATTEMPTS_PER_STEP * self._passed(here, there), here
+        while True:
+            run = self._run(start, there, matrix, min(tries, most - tried))
+            tried, matrix = tried + tries, run.y
+            failed = run.status != Status.CONVERGED
+            if not bool(failed.any()):
+                return matrix
+            if tried >= most or not bool((run.status[failed] == Status.MAX_STEPS).all()):
+                sample = int(failed.nonzero()[0])
+                raise Refused(
+                    f"the backward solve of sample {sample} {Status(int(run.status[sample])).meaning} at "
+                    f"t = {float(run.reached[sample]):.6g} with a step of {float(run.step[sample]):.3g}"
+                )
+            start = run.reached if isinstance(here, Tensor) else float(run.reached[0])
+            come, way = (torch.as_tensor(x - here, device=matrix.device).abs() for x in (run.reached, there))
+            share = torch.where(failed, come / way, 1.0)
+            if float(share.min()) * most < tried:
+                sample = int(share.argmin())
+                goal = float(torch.as_tensor(there).expand(len(failed))[sample])
+                raise Refused(
+                    f"the backward solve of sample {sample} came to t = {float(run.reached[sample]):.9g} in {tried} "
+                    f"attempts, the last of length {float(run.step[sample]):.3g}, and would not come to {goal:.9g} in "
+                    f"{most}"
+                )
+            tries = tried
+
+    def _passed(self, here: Time, there: Time) -> int:
+        """How many steps the forward solve took from `there` to `here`, those of the sample that took the most."""
+        low, high = (torch.as_tensor(x, dtype=torch.float64, device=self._starts.device) for x in (there, here))
+        inside = (self._starts - low).sign() * (self._starts - high).sign() <= 0
+        return int(inside.sum(0).max()) if len(inside) else 0
+
+    def _run(self, here: Time, there: Time, matrix: Tensor, attempts: int) -> Run:
+        """As far as it comes in so many attempts."""
+        ends, listed = self.problem.times.values, None
+        if isinstance(here, Tensor):
+            assert isinstance(there, Tensor)
+            values = torch.stack([here, there], dim=1)
         else:
             values = torch.tensor([here, there], dtype=torch.float64, device=matrix.device)
-            times = Times(values, values, values.tolist())
-        knobs = self.solve.knobs
+            listed = values.tolist()
         problem = Problem(
             rhs=self.rhs,
             y0=matrix,
-            times=times,
+            times=Times(values, values, listed),
             method=self.method,
             controller=self.controller,
             tolerance=self.tolerance,
-            max_steps=self.problem.max_steps if knobs.max_steps is None else knobs.max_steps,
+            max_steps=attempts,
             observe=self._integrate if self.sums.inputs else None,
             first_step=self.step,
         )
         with torch.no_grad():
             run = (SampleSteps if self.problem.per_sample else SharedSteps)(problem, None).run()
         self.steps, self.rejected = self.steps + run.accepted, self.rejected + run.rejected
-        failed = (run.status != Status.CONVERGED).nonzero().flatten()
-        if len(failed):
-            sample = int(failed[0])
-            raise Refused(
-                f"the backward solve of sample {sample} {Status(int(run.status[sample])).meaning} at "
-                f"t = {float(run.reached[sample]):.6g} with a step of {float(run.step[sample]):.3g}"
-            )
         if self.problem.per_sample:
             # A sample whose interval was empty keeps its step.
             before = 0.01 * (ends[..., -1] - ends[..., 0]).abs() if self.step is None else self.step
             self.step = torch.where(run.wish == 0, before, run.wish.abs())
         else:
             self.step = abs(float(run.wish[0]))
-        return run.y
+        return run
 
     def _integrate(self, t: Time, h: Time, dense: Tensor) -> None:
         """Add an accepted step's share of the integral of (df/dtheta)^T a."""

@@ -1,6 +1,7 @@
 """Every adjoint against finite differences and against the others."""
 
 import gc
+import re
 import warnings
 import weakref
 
@@ -20,6 +21,7 @@ from restpoint.solvers.ode import (
     Dopri8,
     Heun,
     InterpolatedAdjoint,
+    Kvaerno3,
     PIDController,
     Tsit5,
     adjoint_checkpoint,
@@ -33,6 +35,7 @@ CONTINUOUS = [
     InterpolatedAdjoint(solver=Tsit5(), rtol=1e-9, atol=1e-9),
 ]
 TIMES = ["shared", "per sample", "own times"]
+PER_SAMPLE = pytest.mark.parametrize("per_sample", [False, True])
 
 
 def column(t):
@@ -260,6 +263,51 @@ def test_backsolve_falls_back_where_time_reversal_is_unstable():
     with pytest.raises(SolverError, match=r"BacksolveAdjoint: .* choose adjoint=CheckpointAdjoint"):
         run(BacksolveAdjoint(fallback=False))
     torch.testing.assert_close(run(InterpolatedAdjoint()), reference, rtol=2e-2, atol=2e-2)
+
+
+@PER_SAMPLE
+def test_a_backward_solve_that_will_not_arrive_is_given_up_early(per_sample):
+    """Robertson's reactions, which an implicit method passes in large steps, and nothing passes backwards."""
+    rates = torch.tensor([0.04, 3e7, 1e4], dtype=F64, requires_grad=True)
+    y0 = torch.tensor([[1.0, 0.0, 0.0]], dtype=F64, requires_grad=True)
+    found = []
+    for adjoint in (CheckpointAdjoint(), BacksolveAdjoint()):
+        calls = 0
+
+        def field(t, y, k):
+            nonlocal calls
+            calls += 1
+            one = -k[0] * y[:, 0] + k[2] * y[:, 1] * y[:, 2]
+            three = k[1] * y[:, 1] ** 2
+            return torch.stack([one, -one - three, three], 1)
+
+        options = {"solver": Kvaerno3(), "rtol": 1e-3, "atol": 1e-7, "adjoint": adjoint}
+        options["controller"] = PIDController(per_sample=per_sample)
+        solution = solve_ode(field, y0, (0.0, 100.0), (rates,), **options)
+        forward = calls
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found.append(torch.autograd.grad(solution.value[-1, :, 1].sum() * 1e4, [y0, rates]))
+    (warning,) = caught
+    assert re.search(r"sample 0 came to t = [\d.]+ in \d+ attempts.* not come to 0 in 10000", str(warning.message))
+    # The budget of 10,000 attempts costs more than ten evaluations each.
+    assert calls - forward < 10_000
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-10)
+
+
+@PER_SAMPLE
+def test_a_backward_solve_may_take_many_more_steps_than_the_forward_one(per_sample):
+    """Hundreds of steps of a low order within one interval that the forward solve passed in a few."""
+    rate = torch.tensor([[0.5, -1.0], [1.0, 0.5]], dtype=F64, requires_grad=True)
+    y0 = torch.tensor([[1.0, 0.5], [0.3, -0.2]], dtype=F64, requires_grad=True)
+    found = []
+    for adjoint in (CheckpointAdjoint(), BacksolveAdjoint(solver=Bosh3(), rtol=1e-8, atol=1e-8, fallback=False)):
+        options = {"solver": Dopri8(), "rtol": 1e-9, "atol": 1e-9, "adjoint": adjoint}
+        options["controller"] = PIDController(per_sample=per_sample)
+        solution = solve_ode(lambda t, y: torch.sin(y @ rate), y0, (0.0, 4.0), **options)
+        found.append(torch.autograd.grad(solution.value[-1].square().sum(), [y0, rate]))
+    assert int(solution.adjoint_stats.accepted[0]) > 100 + 10 * int(solution.stats.accepted[0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
 
 
 def test_statistics_of_the_backward_pass():
