@@ -89,7 +89,8 @@ class CRF(nn.Module):
             lengths: (batch,), from 1 to `length`; None for the full length.
 
         Raises:
-            ValueError: shapes that do not fit, tags that there are not, a length of zero or beyond the emissions.
+            ValueError: shapes that do not fit, tags that there are not, a length of zero or beyond the emissions; a
+                sample to which `allowed` leaves no sequence.
         """
         unary, inside = self._bounded(emissions, lengths)
         if tags.shape != emissions.shape[:2] or tags.is_floating_point():
@@ -108,7 +109,11 @@ class CRF(nn.Module):
         transitions = self._moves()
         moves = transitions[tags[:, :-1], tags[:, 1:]]
         score = torch.where(inside, own, 0.0).sum(1) + torch.where(inside[:, 1:], moves, 0.0).sum(1)
-        return score - LinearChain(transitions, unary, lengths).log_partition
+        total = LinearChain(transitions, unary, lengths).log_partition
+        if self.forbidden is not None and any_true(torch.isneginf(total)):
+            sample = int(plain(torch.isneginf(total)).flatten().nonzero()[0])
+            raise ValueError(f"CRF: the rules of which tag may follow which leave no sequence to sample {sample}.")
+        return score - total
 
     def decode(
         self, emissions: Float[Tensor, "..."], lengths: Int[Tensor, "..."] | None = None

@@ -124,8 +124,8 @@ class StructuredAttention(nn.MultiheadAttention):
             that are padding themselves are zero.
 
         Raises:
-            ValueError: shapes that do not fit, and the message says which, what was expected and what was got; a query
-                whose keys are all excluded; masks that leave no tree.
+            ValueError: shapes and dtypes that do not fit, and the message says which, what was expected and what was
+                got; a query whose keys are all excluded; masks that leave no tree; scores of NaN or plus infinity.
         """
         if is_causal and attn_mask is None:
             raise ValueError("StructuredAttention: is_causal only says what attn_mask is; pass the mask as well.")
@@ -163,6 +163,7 @@ class StructuredAttention(nn.MultiheadAttention):
             gone = torch.isneginf(padding)
             scores, padding = scores + padding.masked_fill(gone, 0.0)[:, None, None], gone
         self._some_key(scores, padding)
+        self._real(scores, padding)
         if padding is None:
             return self._normalized(self.structure(scores, q, None))
         # The keys that there are come first, and their number is what the structure knows.
@@ -196,14 +197,47 @@ class StructuredAttention(nn.MultiheadAttention):
             sample = int(plain(empty).nonzero()[0][-3 if empty.ndim == 3 else -2])
             raise ValueError(f"StructuredAttention: the masks leave no key to some query of sample {sample}.")
 
+    def _real(self, scores: Tensor, padding: Tensor | None) -> None:
+        """Refuse NaN and plus infinity where they count, in the terms of who passed them."""
+        if bool(plain(scores.detach()).amax() < torch.inf):
+            return
+        wrong = ~(scores.detach() < torch.inf)
+        if padding is not None:
+            wrong = wrong & ~padding[:, None, None]
+            if self.structure.square:
+                wrong = wrong & ~padding[:, None, :, None]
+        if any_true(wrong):
+            sample, head, query, key = plain(wrong).nonzero()[0].tolist()[-4:]
+            raise ValueError(
+                f"StructuredAttention: the score of key {key} for query {query} of sample {sample}, head {head}, is "
+                "NaN or plus infinity; look at query, key and the masks."
+            )
+
     def _check(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
     ) -> None:
         """Tensors with the batch in front."""
         if query.ndim != 3:
             raise ValueError(f"StructuredAttention: query must have two or three dimensions; got {query.ndim}.")
+        for name, tensor in (("key", key), ("value", value)):
+            if tensor.ndim != 3:
+                raise ValueError(
+                    f"StructuredAttention: {name} must have as many dimensions as query; got {tuple(tensor.shape)} and "
+                    f"{tuple(query.shape)} once the batch is in front."
+                )
         batch, queries = query.shape[:2]
-        keys = key.shape[1] if key.ndim == 3 else -1
+        keys = key.shape[1]
+        if 0 in (batch, queries, keys):
+            raise ValueError(
+                f"StructuredAttention: there must be a sample, a query and a key; got query {tuple(query.shape)} and "
+                f"key {tuple(key.shape)}."
+            )
+        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+                raise ValueError(
+                    f"StructuredAttention: {name} must be boolean, True for what is excluded, or of floating-point "
+                    f"numbers to add; got {mask.dtype}."
+                )
         wanted: list[tuple[str, Tensor, tuple[int, ...]]] = [
             ("query", query, (batch, queries, self.embed_dim)),
             ("key", key, (batch, queries if self.structure.square else keys, self.kdim)),

@@ -13,6 +13,7 @@ from . import checks
 from .constituency import one_hot
 from .distribution import Parts, Structured
 from .semiring import Semiring
+from .sparing import Carry, walk
 
 MATCH, DELETE, INSERT = 0, 1, 2
 
@@ -91,14 +92,17 @@ class Alignment(Structured):
         nothing = semiring.zeros((batch, 1), moves)
         before = semiring.zeros((batch, rows), moves)
         here = torch.cat([semiring.ones((batch, 1), moves), semiring.zeros((batch, rows - 1), moves)], 2)
-        nodes = [here]
-        for step in skewed[1:]:
-            match, delete = (torch.cat([nothing, x[:, :, :-1]], 2) for x in (before, here))
-            ways = semiring.times(torch.stack([match, delete, here], -1), step)
-            before, here = here, semiring.sum(ways, -1)
-            nodes.append(here)
+
+        def step(carry: Carry, k: int) -> tuple[Carry, Tensor]:
+            match, delete = (torch.cat([nothing, x[:, :, :-1]], 2) for x in carry)
+            ways = semiring.times(torch.stack([match, delete, carry[1]], -1), skewed[k])
+            following = semiring.sum(ways, -1)
+            return (carry[1], following), following
+
+        (_, last), later = walk(step, (before, here), range(1, len(skewed)), self._sparing)
+        nodes = [here, *later]
         if self.lengths is None:
-            return here[:, :, -1]
+            return last[:, :, -1]
         n, m = self.lengths.unbind(1)
         index = ((n + m) * rows + n).expand(size, -1).unsqueeze(2)
         return torch.stack(nodes, 2).flatten(2).gather(2, index).squeeze(2)

@@ -15,6 +15,7 @@ from .chain_shared import SharedLogPartition, at_every_step
 from .distribution import Parts, Structured
 from .lazy import lazy
 from .semiring import Semiring, draw
+from .sparing import Carry, walk
 
 
 class ChainMarginals(NamedTuple):
@@ -100,10 +101,14 @@ class LinearChain(Structured):
         valid = self._valid()
         if self.parallel:
             return self._scan(semiring, edges, own, valid)
-        scores, *rest = own.unbind(2)
-        for t, (edge, here) in enumerate(zip(edges.unbind(2), rest, strict=True), 1):
-            following = semiring.times(semiring.sum(semiring.times(scores.unsqueeze(-1), edge), -2), here)
-            scores = following if valid is None else torch.where(valid[t].unsqueeze(1), following, scores)
+        here, edge = own.unbind(2), edges.unbind(2)
+
+        def step(carry: Carry, t: int) -> tuple[Carry, None]:
+            (scores,) = carry
+            following = semiring.times(semiring.sum(semiring.times(scores.unsqueeze(-1), edge[t - 1]), -2), here[t])
+            return (following if valid is None else torch.where(valid[t].unsqueeze(1), following, scores),), None
+
+        (scores,), _ = walk(step, here[:1], range(1, len(here)), self._sparing)
         return semiring.sum(scores, -1)
 
     def _scan(self, semiring: Semiring, edges: Tensor, own: Tensor, valid: Tensor | None) -> Tensor:
@@ -268,6 +273,7 @@ def _look_up(table: Tensor, observations: Tensor, lengths: Tensor | None) -> Ten
         )
     symbols = table.shape[1]
     wrong = (observations < 0) | (observations >= symbols)
+    lengths = checks.lengths(lengths, *observations.shape, observations)
     if lengths is not None:
         wrong = wrong & (torch.arange(observations.shape[1], device=wrong.device) < lengths.unsqueeze(1))
     if bool(wrong.any()):

@@ -12,6 +12,7 @@ from . import checks
 from .distribution import Parts, Structured
 from .semi_markov import at_length
 from .semiring import Semiring
+from .sparing import Carry, walk
 
 
 class Constituency(Structured):
@@ -56,14 +57,15 @@ class Constituency(Structured):
         diagonal = own.diagonal(dim1=-2, dim2=-1)
         # Spans by where they start, and by where they end, the narrowest first.
         starting = ending = diagonal.unsqueeze(-1)
-        whole = [diagonal[:, :, 0]]
-        for width in range(1, own.shape[-1]):
-            left, right = starting[:, :, :-1], ending[:, :, 1:]
+
+        def step(carry: Carry, width: int) -> tuple[Carry, Tensor]:
+            left, right = carry[0][:, :, :-1], carry[1][:, :, 1:]
             inside = semiring.sum(semiring.times(left, right.flip(-1)), -1)
             span = semiring.times(inside, own.diagonal(width, -2, -1)).unsqueeze(-1)
-            starting, ending = torch.cat([left, span], -1), torch.cat([right, span], -1)
-            whole.append(span[:, :, 0, 0])
-        return at_length(torch.stack(whole, 2), self.lengths)
+            return (torch.cat([left, span], -1), torch.cat([right, span], -1)), span[:, :, 0, 0]
+
+        _, wider = walk(step, (starting, ending), range(1, own.shape[-1]), self._sparing)
+        return at_length(torch.stack([diagonal[:, :, 0], *wider], 2), self.lengths)
 
     def _decode(self, indicators: Parts) -> Tensor:
         (spans,) = indicators

@@ -14,6 +14,7 @@ from .distribution import Parts, Structured, gradient
 from .semi_markov import at_length
 from .semiring import Divergence, Semiring, draw
 from .spanning import best_trees, tree_sum
+from .sparing import Carry, walk
 
 
 class DependencyTree(Structured):
@@ -69,10 +70,10 @@ class DependencyTree(Structured):
     def _recursion(self, semiring: Semiring, parts: Parts) -> Tensor:
         (arcs,) = parts
         if not self.projective:
-            return tree_sum(semiring, arcs[..., 1:], self._real(), self.single_root)
+            return tree_sum(semiring, arcs[..., 1:], self._real(), self.single_root, self._sparing)
         if not self.single_root:
-            return at_length(_eisner(semiring, arcs, None), self.lengths)
-        return at_length(_eisner(semiring, arcs[:, :, 1:, 1:], arcs[:, :, 0, 1:]), self.lengths)
+            return at_length(_eisner(semiring, arcs, None, self._sparing), self.lengths)
+        return at_length(_eisner(semiring, arcs[:, :, 1:, 1:], arcs[:, :, 0, 1:], self._sparing), self.lengths)
 
     def _real(self) -> Tensor:
         batch, nodes = self._parts[0].shape[:2]
@@ -171,13 +172,14 @@ class DependencyTree(Structured):
         return (reached == 0).all(1) & (roots == 1 if self.single_root else roots >= 1)
 
 
-def _eisner(semiring: Semiring, arcs: Tensor, root: Tensor | None) -> Tensor:
+def _eisner(semiring: Semiring, arcs: Tensor, root: Tensor | None, sparing: bool) -> Tensor:
     """Sums over projective trees (size, batch, length), of the first 1, 2, ... words.
 
     Args:
         semiring: of the answer.
         arcs: (size, batch, nodes, nodes). With `root` given the nodes are the words, else the root is the first.
         root: arcs from the root to the words (size, batch, words), of which a tree has one.
+        sparing: see `walk`.
     """
     size, batch, nodes, _ = arcs.shape
     one = semiring.ones((batch, nodes, 1), arcs)
@@ -185,8 +187,9 @@ def _eisner(semiring: Semiring, arcs: Tensor, root: Tensor | None) -> Tensor:
     right_start = right_end = left_start = left_end = one
     # Trapezoids, between a head and its dependent: right ones by where they start, left ones by where they end.
     right_open = left_open = arcs.new_empty(size, batch, nodes, 0)
-    whole = [] if root is None else [root[:, :, 0]]
-    for width in range(1, nodes):
+
+    def step(carry: Carry, width: int) -> tuple[Carry, Tensor]:
+        right_start, right_end, left_start, left_end, right_open, left_open = carry
         rows = semiring.sum(semiring.times(right_start[:, :, :-1], left_end[:, :, 1:].flip(-1)), -1)
         to_right = semiring.times(rows, arcs.diagonal(width, -2, -1)).unsqueeze(-1)
         to_left = semiring.times(rows, arcs.diagonal(-width, -2, -1)).unsqueeze(-1)
@@ -200,9 +203,13 @@ def _eisner(semiring: Semiring, arcs: Tensor, root: Tensor | None) -> Tensor:
         left_start = torch.cat([left_start[:, :, :-1], left], -1)
         left_end = torch.cat([left_end[:, :, 1:], left], -1)
         if root is None:
-            whole.append(right[:, :, 0, 0])
+            whole = right[:, :, 0, 0]
         else:
             # The word below the root, with what is to its left and to its right.
             halves = semiring.times(left_start[:, :, 0], right_end[:, :, 0].flip(-1))
-            whole.append(semiring.sum(semiring.times(halves, root[:, :, : width + 1]), -1))
-    return torch.stack(whole, 2)
+            whole = semiring.sum(semiring.times(halves, root[:, :, : width + 1]), -1)
+        return (right_start, right_end, left_start, left_end, right_open, left_open), whole
+
+    carry = (right_start, right_end, left_start, left_end, right_open, left_open)
+    _, whole = walk(step, carry, range(1, nodes), sparing)
+    return torch.stack(whole if root is None else [root[:, :, 0], *whole], 2)

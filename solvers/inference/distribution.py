@@ -6,7 +6,7 @@ import abc
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from .lazy import lazy
 from .semiring import Divergence, Entropy, KMax, Log, Max, Sample, Semiring
 
 Parts = tuple[Tensor, ...]
+S = TypeVar("S", bound="Structured")
 
 
 class Structured(abc.ABC):
@@ -41,6 +42,7 @@ class Structured(abc.ABC):
     _has_mask: bool = False
     # The parts that other regularisers than the entropy see; the rest follow from them.
     _squared: tuple[int, ...] = (0,)
+    _sparing: bool = False
     lengths: Tensor | None
 
     @abc.abstractmethod
@@ -62,6 +64,19 @@ class Structured(abc.ABC):
     def _pack(self, parts: Parts) -> Any:
         """What has the layout of the parts, as the user sees it."""
         return parts[0]
+
+    def checkpointed(self: S) -> S:
+        """The same distribution, whose recursions keep the square root of their steps for backward passes.
+
+        The steps between are taken twice, with the same results to the last bit. It helps first derivatives, marginals
+        that are computed by them included, of long sequences and large trees, wherever the recursion is what is
+        differentiated: in all queries but the log-partition and the marginals of chains, whose closed forms keep no
+        more than that. Not in parallel scans, in `Assignments`, nor inside transforms of torch.func.
+        """
+        other = copy.copy(self)
+        other.__dict__.pop("_lazy", None)
+        other._sparing = True
+        return other
 
     @property
     def batch(self) -> int:

@@ -56,17 +56,19 @@ class FactorGraph:
     """
 
     def __init__(
-        self, cardinalities: Sequence[int], scopes: Sequence[Sequence[int]], tables: Sequence[Float[Tensor, "..."]]
+        self,
+        cardinalities: Sequence[int],
+        scopes: Sequence[Sequence[int] | Tensor],
+        tables: Sequence[Float[Tensor, "..."]],
     ) -> None:
+        names = _rows(scopes)
         self.cardinalities = tuple(checks.count(c, f"cardinalities[{i}]") for i, c in enumerate(cardinalities))
-        if len(scopes) != len(tables) or not tables:
-            raise ValueError(
-                f"expected a table for every scope, and at least one; got {len(tables)} for {len(scopes)}."
-            )
+        if len(names) != len(tables) or not tables:
+            raise ValueError(f"expected a table for every scope, and at least one; got {len(tables)} for {len(names)}.")
         states = max(self.cardinalities, default=0)
         by_arity: dict[int, tuple[list[tuple[int, ...]], list[Tensor]]] = {}
-        first = checks.potentials(tables[0], "tables[0]", ("batch", *self._shape(scopes[0], 0)))
-        for i, (scope, table) in enumerate(zip(scopes, tables, strict=True)):
+        first = checks.potentials(tables[0], "tables[0]", ("batch", *self._shape(names[0], 0)))
+        for i, (scope, table) in enumerate(zip(names, tables, strict=True)):
             table = checks.potentials(table, f"tables[{i}]", (len(first), *self._shape(scope, i)))
             checks.alike(table, f"tables[{i}]", first, "tables[0]")
             table = checks.finite(table, f"tables[{i}]")
@@ -85,29 +87,30 @@ class FactorGraph:
 
     @classmethod
     def pairwise(
-        cls, unary: Float[Tensor, "..."], edges: Sequence[Sequence[int]], potentials: Float[Tensor, "..."]
+        cls, unary: Float[Tensor, "..."], edges: Sequence[Sequence[int]] | Tensor, potentials: Float[Tensor, "..."]
     ) -> FactorGraph:
         """A graph whose variables have equally many states and whose factors join two.
 
         Args:
             unary: log-potentials of single variables, (batch, variables, states).
-            edges: pairs of variables.
+            edges: pairs of variables, also as a tensor (edges, 2).
             potentials: (batch, edges, states of the first, states of the second).
 
         Raises:
             TypeError, ValueError: as the class.
         """
         graph = cls.__new__(cls)
+        pairs = _rows(edges)
         unary = checks.potentials(unary, "unary", ("batch", "variables", "states"))
         batch, variables, states = unary.shape
         graph.cardinalities = (states,) * variables
-        for i, edge in enumerate(edges):
+        for i, edge in enumerate(pairs):
             if len(graph._shape(edge, i)) != 2:
                 raise ValueError(f"edges[{i}]: expected two variables, got {tuple(edge)}.")
-        potentials = checks.potentials(potentials, "potentials", (batch, len(edges), states, states))
+        potentials = checks.potentials(potentials, "potentials", (batch, len(pairs), states, states))
         checks.alike(potentials, "potentials", unary, "unary")
         graph.own = checks.finite(unary, "unary")
-        scopes = torch.tensor([tuple(edge) for edge in edges], dtype=torch.int64, device=unary.device).reshape(-1, 2)
+        scopes = torch.tensor([tuple(edge) for edge in pairs], dtype=torch.int64, device=unary.device).reshape(-1, 2)
         graph.groups = (Group(scopes, checks.finite(potentials, "potentials")),)
         graph._finish()
         return graph
@@ -160,6 +163,11 @@ class FactorGraph:
     def __repr__(self) -> str:
         factors = sum(g.scopes.shape[0] for g in self.groups)
         return f"FactorGraph({len(self.cardinalities)} variables, {factors} factors of two variables or more)"
+
+
+def _rows(scopes: Sequence[Sequence[int] | Tensor] | Tensor) -> list[Sequence[int]]:
+    """Scopes as sequences of numbers."""
+    return [scope.tolist() if isinstance(scope, Tensor) else scope for scope in scopes]
 
 
 def along(values: Tensor, slot: int, arity: int) -> Tensor:

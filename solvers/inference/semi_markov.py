@@ -13,6 +13,7 @@ from . import checks
 from .chain import stationary
 from .distribution import Parts, Structured
 from .semiring import Semiring
+from .sparing import Carry, walk
 
 
 class Segmentation(NamedTuple):
@@ -92,14 +93,17 @@ class SemiMarkov(Structured):
             before = semiring.zeros((batch, k, labels), segments)
             rows.append(torch.cat([before, segments[:, :, : length - k, k]], 2))
         by_end = torch.stack(rows, 3).unbind(2)
-        begin = [semiring.ones((batch, labels), segments)]
-        ends = []
-        for t in range(length):
+        change = edges.unbind(2)
+
+        def step(begin: Carry, t: int) -> tuple[Carry, Tensor]:
             # A segment of k + 1 positions that ends at t began at t - k.
-            recent = torch.stack(begin[max(0, t + 1 - durations) :][::-1], 2)
-            ends.append(semiring.sum(semiring.times(recent, by_end[t][:, :, : recent.shape[2]]), -2))
+            recent = torch.stack(begin[::-1], 2)
+            end = semiring.sum(semiring.times(recent, by_end[t][:, :, : recent.shape[2]]), -2)
             if t + 1 < length:
-                begin.append(semiring.sum(semiring.times(ends[-1].unsqueeze(-1), edges[:, :, t]), -2))
+                begin = (*begin, semiring.sum(semiring.times(end.unsqueeze(-1), change[t]), -2))
+            return begin[-durations:], end
+
+        _, ends = walk(step, (semiring.ones((batch, labels), segments),), range(length), self._sparing)
         return at_length(semiring.sum(torch.stack(ends, 2), -1), self.lengths)
 
     def _pack(self, parts: Parts) -> SegmentMarginals:

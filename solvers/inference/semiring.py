@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..transforms import tangents_of_others
+from ..transforms import recording_tangents, tangents_of_others
 
 
 class Semiring(abc.ABC):
@@ -189,7 +189,9 @@ class LogSumExp(torch.autograd.Function):
         """Keep what the weights are computed from."""
         x, ctx.dim = inputs
         ctx.save_for_backward(x, output)
-        ctx.save_for_forward(x, output)
+        # What is saved for forward mode is held whatever the hooks of checkpointing say.
+        if recording_tangents():
+            ctx.save_for_forward(x, output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

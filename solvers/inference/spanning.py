@@ -11,11 +11,12 @@ from torch import Tensor
 from torch._C import _functorch
 
 from .semiring import Semiring
+from .sparing import Carry, walk
 
 _NEVER = 1 << 30
 
 
-def tree_sum(semiring: Semiring, arcs: Tensor, real: Tensor, single_root: bool) -> Tensor:
+def tree_sum(semiring: Semiring, arcs: Tensor, real: Tensor, single_root: bool, sparing: bool = False) -> Tensor:
     """The sum over all spanning trees, (size, batch), in a semiring that can divide.
 
     The determinant of the graph's Laplacian, by eliminating one node after the other: what led through a node becomes
@@ -31,6 +32,7 @@ def tree_sum(semiring: Semiring, arcs: Tensor, real: Tensor, single_root: bool) 
         arcs: (size, batch, words + 1, words), from heads (the root first) to words.
         real: (batch, words), False for padding.
         single_root: whether one word exactly depends on the root.
+        sparing: see `walk`.
 
     Source: Tutte 1984, theorem 6.4; Koo et al. 2007; Grassmann, Taksar and Heyman 1985.
     """
@@ -47,13 +49,12 @@ def tree_sum(semiring: Semiring, arcs: Tensor, real: Tensor, single_root: bool) 
     order, present = _by_length(real)
     if order is not None:
         arcs, orders, real = arcs[:, order], orders[order], real[order]
-    here, power = arcs[:, :0], orders[:0]
-    total = semiring.ones((0,), arcs)
-    spent = torch.zeros_like(real[:0, 0], dtype=torch.int64)
-    for k in range(words - 1, -1, -1):
+
+    def step(carry: Carry, k: int) -> tuple[Carry, None]:
+        here, power, total, spent = carry
         active, already = present[k], here.shape[1]
         if not active:
-            continue
+            return carry, None
         if active > already:
             # Those whose last word this is come in.
             here = torch.cat([here[..., : k + 2, : k + 1], arcs[:, already:active, : k + 2, : k + 1]], 1)
@@ -70,7 +71,7 @@ def tree_sum(semiring: Semiring, arcs: Tensor, real: Tensor, single_root: bool) 
             spent = spent + lowest.squeeze(1)
         total = semiring.times(total, pivot)
         if k == 0:
-            break
+            return (here, power, total, spent), None
         share = semiring.divide(into, pivot.unsqueeze(-1))
         detour = semiring.times(share.unsqueeze(-1), here[:, :, k + 1, :k].unsqueeze(2))
         pair = torch.stack([here[:, :, : k + 1, :k], detour], -1)
@@ -83,7 +84,10 @@ def tree_sum(semiring: Semiring, arcs: Tensor, real: Tensor, single_root: bool) 
             both_orders = both_orders.masked_fill(torch.isneginf(pair[0]), _NEVER)
             power = both_orders.amin(-1)
             keep = keep & (both_orders == power.unsqueeze(-1))
-        here = semiring.sum(semiring.only(keep, pair), -1)
+        return (semiring.sum(semiring.only(keep, pair), -1), power, total, spent), None
+
+    start = (arcs[:, :0], orders[:0], semiring.ones((0,), arcs), torch.zeros_like(real[:0, 0], dtype=torch.int64))
+    (_, _, total, spent), _ = walk(step, start, range(words - 1, -1, -1), sparing)
     result = semiring.only(spent == real.any(1), total) if single_root else total
     return result if order is None else result[:, order.argsort()]
 

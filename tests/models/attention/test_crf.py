@@ -121,3 +121,12 @@ def test_only_allowed_tags_have_a_probability():
     assert crf.state_dict().keys() == CRF(3).state_dict().keys()
     with pytest.raises(ValueError, match=r"expected allowed of shape \(3, 3\) or \(4, 3\), boolean; got \(2, 3\)"):
         CRF(3, allowed=allowed[:2])
+
+
+def test_rules_that_leave_no_sequence():
+    """A likelihood of what cannot be would be minus infinity less itself."""
+    crf = CRF(3, allowed=torch.zeros(3, 3, dtype=torch.bool))
+    emissions, tags = torch.randn(2, 4, 3), torch.zeros(2, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="leave no sequence to sample 1"):
+        crf(emissions, tags, torch.tensor([1, 4]))
+    assert crf(emissions, tags, torch.tensor([1, 1])).isfinite().all()

@@ -232,6 +232,46 @@ def test_bad_input():
         attention(x, x, x, attn_mask=torch.zeros(4, 5, dtype=torch.bool))
 
 
+@every
+def test_masks_that_are_neither_boolean_nor_floating_point(structure):
+    """As torch's: a mask of ones and zeros would be added to the scores, which no mask is meant for."""
+    attention, x = layer(structure), data()
+    with pytest.raises(ValueError, match=r"attn_mask must be boolean.* got torch.int64"):
+        attention._check(x, x, x, None, torch.eye(5, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"key_padding_mask must be boolean.* got torch.uint8"):
+        attention._check(x, x, x, torch.zeros(2, 5, dtype=torch.uint8), None)
+
+
+@every
+def test_numbers_that_are_none(structure):
+    attention, x = layer(structure), data()
+    wrong = x.clone()
+    wrong[1, 2, 3] = torch.nan
+    with pytest.raises(ValueError, match="the score of key 2 for query 0 of sample 1, head 0, is NaN or plus infinity"):
+        attention(wrong, wrong, wrong)
+    mask = torch.zeros(5, 5, dtype=D)
+    mask[3, 1] = torch.inf
+    with pytest.raises(ValueError, match="the score of key 1 for query 3 of sample 0, head 0"):
+        attention(x, x, x, attn_mask=mask)
+    # In the padding nobody looks.
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[1, 2] = True
+    keys = x.clone()
+    keys[1, 2] = torch.nan
+    output, _ = attention(x, keys, x, padding)
+    torch.testing.assert_close(output[~padding], attention(x, x, x, padding)[0][~padding], rtol=0, atol=1e-12)
+
+
+@every
+def test_nothing_to_attend_with(structure):
+    attention, x = layer(structure), data()
+    for empty in (x[:, :0], x[:0]):
+        with pytest.raises(ValueError, match="there must be a sample, a query and a key"):
+            attention(empty, empty, empty)
+    with pytest.raises(ValueError, match=r"key must have as many dimensions as query; got \(1, 2, 5, 8\)"):
+        attention(x[0], x, x)
+
+
 class TestLatent:
     BUILDS = pytest.mark.parametrize(
         "build, shapes",

@@ -150,6 +150,10 @@ def test_likelihoods_of_all_observations_sum_to_one():
         (lambda: LinearChain(unary=random(2, 0, 3)), "the dimension 'length' of .* is empty"),
         (lambda: HiddenMarkov(random(4), random(3, 3), random(2, 5, 3)), r"initial: expected shape \(3\), got \(4,\)"),
         (
+            lambda: HiddenMarkov(random(2), random(2, 2), random(2, 3), torch.tensor([[0, 3]]), torch.tensor([1, 2])),
+            r"lengths: expected shape \(batch,\) = \(1,\), got \(2,\)",
+        ),
+        (
             lambda: HiddenMarkov(random(2), random(2, 2), random(2, 3), torch.tensor([[0, 3]])),
             r"observations: the symbol at \(0, 1\) is 3; expected 0 to 2",
         ),

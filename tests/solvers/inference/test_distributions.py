@@ -247,6 +247,20 @@ def test_modes(case):
         assert torch.equal(other.log_partition, d.log_partition)
 
 
+def test_the_callers_tensors_stay_as_they_are(case):
+    """No query asks for derivatives in the caller's name, nor leaves one behind (torch-struct does the first)."""
+    for wanted in (False, True):
+        parts = tuple(p.requires_grad_(wanted) for p in case.parts())
+        before = tuple(p.detach().clone() for p in parts)
+        d = case.distribution(parts)
+        for query in ("log_partition", "marginals", "entropy", "argmax"):
+            getattr(d, query)
+        d.kbest(2), d.sample(2), d.kl(d)
+        assert [p.requires_grad for p in parts] == [wanted] * len(parts)
+        assert all(p.grad is None for p in parts)
+        assert all(torch.equal(p, b) for p, b in zip(parts, before, strict=True))
+
+
 def test_half_precision_is_computed_in_float32(case):
     parts = case.parts(dtype=torch.bfloat16)
     value = case.distribution(parts).log_partition

@@ -199,6 +199,17 @@ def test_bad_graphs(build, message):
         build()
 
 
+def test_edges_and_scopes_as_tensors():
+    unary, edges, potentials = loop()
+    as_lists, as_tensor = (FactorGraph.pairwise(unary, e, potentials) for e in (edges, torch.tensor(edges)))
+    assert torch.equal(as_lists.groups[0].scopes, as_tensor.groups[0].scopes)
+    tables = [unary[:, 0], potentials[:, 0]]
+    as_lists, as_tensors = (
+        FactorGraph((3, 3), s, tables) for s in ([(0,), (0, 1)], [torch.tensor([0]), torch.arange(2)])
+    )
+    assert torch.equal(as_lists.groups[0].scopes, as_tensors.groups[0].scopes)
+
+
 def test_states_that_exclude_one_another():
     """x = y and y = z leave nothing if x is 0 and z is 1: found before any message is sent."""
     same = torch.eye(2, dtype=D).log()[None]
