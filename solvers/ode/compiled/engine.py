@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import threading
 from collections.abc import Hashable, Sequence
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from ...transforms import no_derivatives
 from ..problem import Problem
 from ..shared_steps import CALM
-from .attempt import RUNNING, Chunk, FunctionalRhs, Plan, Position, flat_attempt
+from .attempt import RUNNING, Chunk, FunctionalRhs, Plan, Position, Setting, attempt, flat_attempt
 from .fingerprint import Fingerprint
 from .loop import Loop, current_mode
 from .pull import Pullback, Pulled, used
@@ -69,7 +70,26 @@ class Engine:
             self.forward = Loop(
                 flat_attempt(self.plan, rhs), here.flat(), fixed, known, range(1, len(fixed)), self._mode
             )
+            self._check_attempt(rhs, here, fixed, known)
         self._backward: dict[Hashable, tuple[Loop, list[bool]] | Unfit] = {}
+
+    def _check_attempt(
+        self, rhs: FunctionalRhs, here: Position, fixed: Sequence[Tensor], known: Sequence[Tensor]
+    ) -> None:
+        """Make sure that one accepted step of the compiled loop is what its operations say.
+
+        Raises:
+            Unfit: it is not.
+        """
+        setting = Setting.of(fixed[0])
+        # As good as any error is accepted, and the step is long enough to tell.
+        setting = setting._replace(atol=torch.full_like(setting.atol, 1e30))
+        numbers = torch.cat([torch.stack(setting[:4]), setting.inner])
+        here = here._replace(h=setting.span / 64, budget=torch.ones_like(here.budget))
+        once, chunk = attempt(self.plan, rhs, here, setting, Chunk.of(fixed[1:], self.plan)), fixed[1:]
+        expected = [once.y, *once.carry, *(memory[0].clone() for memory in chunk)]
+        found = self.forward(here.flat(), [numbers, *chunk], known)[2:]
+        _compare([*found, *(memory[0] for memory in chunk)], expected)
 
     @staticmethod
     def _rhs(problem: Problem, args: tuple[object, ...]) -> FunctionalRhs:
@@ -147,7 +167,9 @@ class Engine:
         with no_derivatives():
             after = self.end(problem.y0, tuple(part[0] for part in chunk.carry), wanted)
             fixed = [*self.dense_bars(problem.y0), *chunk.flat()]
-            return Loop(pullback.flat(), after.flat(), fixed, known, mode=self._mode), reached
+            loop = Loop(pullback.flat(), after.flat(), fixed, known, mode=self._mode)
+            _check_pullback(pullback, loop, after, fixed, known)
+            return loop, reached
 
     def end(self, y_bar: Tensor, carry: tuple[Tensor, ...], shared: Sequence[Tensor]) -> Pulled:
         """The cotangents at the end of a solve."""
@@ -156,6 +178,35 @@ class Engine:
         carry_bars = tuple(part.new_zeros(part.shape) for part in carry)
         totals = tuple(tensor.new_zeros(tensor.shape) for tensor in shared)
         return Pulled._make((*counts.unbind(), *zeros.unbind(), y_bar, carry_bars, totals))
+
+
+def _check_pullback(
+    pullback: Pullback, loop: Loop, after: Pulled, fixed: Sequence[Tensor], known: Sequence[Tensor]
+) -> None:
+    """Make sure that the compiled loop pulls cotangents through a step as its operations say.
+
+    Raises:
+        Unfit: it does not.
+    """
+    wave = torch.linspace(1, 40, after.y.numel(), device=after.y.device).cos()
+    one = torch.ones_like(after.left)
+    after = after._replace(y=wave.to(after.y).view_as(after.y), left=one, last=one)
+    chunk = Chunk.of(fixed[len(fixed) - 2 - pullback.plan.carries - (pullback.plan.slots > 0) :], pullback.plan)
+    dense_bars = fixed[: pullback.plan.slots > 0]
+    _compare(loop(after.flat(), fixed, known)[1:], pullback.step(after, chunk, dense_bars).flat()[1:])
+
+
+def _compare(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Make sure that a compiled program does what the operations that it was compiled from do.
+
+    Raises:
+        Unfit: it does something else.
+    """
+    for here, there in zip(found, expected, strict=True):
+        size = float(there.abs().max()) if there.numel() else 0.0
+        error = float((here - there).abs().max()) if there.numel() else 0.0
+        if math.isfinite(size) and not error <= size * torch.finfo(there.dtype).eps ** 0.6:
+            raise Unfit(f"the compiler's program is wrong, by {error:.2g} of {size:.2g}, which is a fault of torch's")
 
 
 _lock = threading.RLock()

@@ -144,6 +144,9 @@ def _compiled(program: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[...
     """By inductor, with the loop in C++ on a CPU."""
     import torch._inductor
 
+    for module in program.modules():
+        if isinstance(module, fx.GraphModule):
+            _without_alpha(module)
     fake = FakeTensorMode(shape_env=ShapeEnv())
     # Of each its own copy: tensors that are the same here need not be so next time.
     examples: list[Any] = [fake.from_tensor(tensor.detach(), static_shapes=True) for tensor in inputs]
@@ -155,3 +158,15 @@ def _compiled(program: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[...
     except Exception as error:
         raise Unfit(f"the compiler gave up: {first_line(error)}") from error
     return run
+
+
+def _without_alpha(program: fx.GraphModule) -> None:
+    """Write x + alpha y in two operations: where y is a product of matrices, inductor fuses it with the sum, and in
+    torch 2.14 forgets alpha.
+    """
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor):
+        if "alpha" in node.kwargs:
+            with program.graph.inserting_before(node):
+                scaled = program.graph.call_function(torch.ops.aten.mul.Tensor, (node.args[1], node.kwargs["alpha"]))
+            node.args, node.kwargs = (node.args[0], scaled), {}
+    program.recompile()

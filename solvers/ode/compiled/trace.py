@@ -22,7 +22,7 @@ _FRESH = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.defa
 _FEW, _SMALL = 4, 2048
 
 
-def _few_products(left: Tensor, right: Tensor) -> Tensor:
+def _few_products(left: Tensor, right: Tensor) -> Any:
     if not 0 < left.shape[1] <= _FEW or len(left) * right.shape[1] > _SMALL:
         return NotImplemented
     columns, rows = left.split(1, 1), right.split(1)
@@ -32,7 +32,7 @@ def _few_products(left: Tensor, right: Tensor) -> Tensor:
     return total
 
 
-def _few_products_added(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+def _few_products_added(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
     product = _few_products(left, right) if beta == alpha == 1 else NotImplemented
     return product if product is NotImplemented else bias + product
 

@@ -1,5 +1,6 @@
 """Compiled solves: the same steps, values and derivatives as without, and a warning where they are not compiled."""
 
+import contextlib
 import math
 import warnings
 
@@ -24,7 +25,7 @@ from restpoint.solvers.ode import (
     Tsit5,
     solve_ode,
 )
-from restpoint.solvers.ode.compiled import engine
+from restpoint.solvers.ode.compiled import engine, loop
 from restpoint.solvers.ode.compiled.loop import Mode, interpreted
 from restpoint.solvers.solution import SolverError, Status
 
@@ -410,6 +411,43 @@ def test_the_compiler_agrees_and_is_asked_once():
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.parametrize("controller", [PIDController(), ConstantController(dt=0.25)])
+def test_the_compiler_fuses_sums_with_products(controller):
+    """Torch 2.14 compiles y + 0.5 (a b) to y + a b where the sum is `torch.add` with alpha."""
+    left, right = randn(8, 16).requires_grad_(), randn(16, 8).requires_grad_()
+
+    def field(t: Tensor, y: Tensor) -> Tensor:
+        return torch.add(-y, torch.tanh(y @ left) @ right, alpha=0.5)
+
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    options = {"solver": Dopri5(), "controller": controller, "compiler": contextlib.nullcontext}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CompileWarning)
+        agree(field, randn(4, 8), t, (left, right), **options)
+
+
+def broken(factor: float, after: int):
+    """A compiler whose programs, but for the first ones, multiply what they return."""
+    programs = []
+
+    def compiled(program, inputs):
+        programs.append(program)
+        wrong = len(programs) > after
+        return lambda *tensors: [x * (factor if wrong and x.ndim == 2 else 1) for x in program(*tensors)]
+
+    return compiled
+
+
+@pytest.mark.parametrize("after, part", [(0, "solve_ode runs"), (1, "its derivative")])
+def test_a_wrong_program_is_not_used(monkeypatch, after, part):
+    """What a compiler makes is compared with what it was given, forward and backward."""
+    monkeypatch.setattr(loop, "_compiled", broken(1 + 1e-6, after))
+    with pytest.warns(CompileWarning, match="the compiler's program is wrong") as caught:
+        agree(network, randn(4, 3), TIMES, [WEIGHT], compiler=contextlib.nullcontext)
+    assert all(part in str(warning.message) for warning in caught)
+
+
 def test_the_compiler_takes_derivatives_inside_the_field():
     agree(divergence, randn(4, 3), TIMES[[0, -1]], [WEIGHT], compiler=torch.enable_grad)
 
