@@ -27,6 +27,7 @@ def check_config(config: Config) -> None:
     """
     counts = {name: getattr(config, name) for name in COUNTS}
     counts |= {f"data.{name}": getattr(config.data, name) for name in DATA_COUNTS}
+    counts["warmup.layers"] = config.warmup.layers
     for name, value in counts.items():
         if value is not None and value < 1:
             raise TrainingError(f"{name} must be at least 1; got {value}.")
@@ -46,6 +47,20 @@ def check_config(config: Config) -> None:
     _check_device(config.device)
     if config.data_dir is not None and not Path(config.data_dir).expanduser().exists():
         raise TrainingError(f"data_dir: there is no folder {config.data_dir}.")
+
+
+def check_parts(rows: int, accumulate: int, world: int) -> None:
+    """See that a step's batch of so many rows has one for every part that it is cut into.
+
+    Raises:
+        TrainingError: it has not.
+    """
+    if rows < accumulate * world:
+        cut = f"{world} processes" if accumulate == 1 else f"{accumulate} parts in each of {world} processes"
+        raise TrainingError(
+            f"A batch of {rows} cannot be cut into {cut}: lower accumulate, raise data.batch_size, or start fewer "
+            "processes."
+        )
 
 
 def _check_names(config: Config) -> None:

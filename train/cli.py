@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import re
@@ -19,6 +20,7 @@ from .data import DataError
 from .errors import Interrupted, TrainingError
 from .evaluate import TASKS
 from .loop import train
+from .parallel import leave
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -27,13 +29,15 @@ DESCRIPTION = """Train a model as a recipe says, and export it for the zoo.
 example: restpoint-train --config conv_deq_tiny_digits.yaml --optimizer.lr 0.002 --output runs/mine
 
 A recipe is a YAML file; those of the package are found by their file name. Every key of a recipe can be overridden
-by an option with dots, and --print-config shows what results."""
+by an option with dots, and --print-config shows what results. --json prints the metrics as JSON at the end; the log
+goes to stderr."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the arguments, train, and return the exit status: 0, or 2 where the message on stderr says what to mend."""
     arguments = [_spell(a) for a in (sys.argv[1:] if argv is None else argv)]
-    arguments = _find_recipes(arguments)
+    as_json = "--json" in arguments
+    arguments = _find_recipes([a for a in arguments if a != "--json"])
     try:
         config = parse(arguments)
     except UsageError as error:
@@ -43,14 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     try:
-        train(config, command_line(arguments))
+        metrics = train(config, command_line(arguments))
     except Interrupted as error:
         print(f"restpoint-train: {error}", file=sys.stderr)
-        return 128 + error.signal
+        return leave(128 + error.signal)
     except (TrainingError, DataError, ZooError, OSError) as error:
         print(f"restpoint-train: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return leave(2)
+    if as_json and os.environ.get("RANK", "0") == "0":
+        print(json.dumps(metrics, indent=2))
+    return leave(0)
 
 
 class UsageError(Exception):
@@ -64,6 +70,7 @@ def parse(arguments: Sequence[str]) -> Config:
         UsageError: an option or a key that does not exist, or a value of another type.
     """
     from jsonargparse import ArgumentError, ArgumentParser
+    from yaml import YAMLError
 
     parser = ArgumentParser(
         prog="restpoint-train", description=DESCRIPTION, exit_on_error=False, allow_abbrev=False,
@@ -75,6 +82,8 @@ def parse(arguments: Sequence[str]) -> Config:
         values = parser.instantiate(parser.parse_args(list(arguments)))
     except ArgumentError as error:
         raise UsageError(_with_suggestion(str(error))) from None
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise UsageError(f"--config: the recipe cannot be read, it is no YAML file: {error}") from None
     return Config(**{field.name: values[field.name] for field in dataclasses.fields(Config)})
 
 
@@ -141,6 +150,9 @@ def _with_suggestion(message: str) -> str:
     name = next((part for part in path.split(".") if part not in known), "")
     if name:
         return f"{message}{suggest(name, sorted(known))}"
+    chosen = re.search(r"import path string: (\w+)|task.*?([A-Z]\w+)", message) if 'key "task"' in message else None
+    if chosen:
+        return f"{message}.{suggest(chosen[1] or chosen[2], sorted(TASKS))} There are: {', '.join(sorted(TASKS))}."
     stray = re.search(r"arguments: (\S+\.ya?ml)", message)
     return f"{message}. A recipe is given as --config {stray[1]}" if stray else message
 

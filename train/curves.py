@@ -18,7 +18,9 @@ log = logging.getLogger("restpoint.train")
 
 
 class Curves:
-    """TensorBoard's curves of a run. That they cannot be written, as on a full disk, is logged and ends no run.
+    """TensorBoard's curves of a run; a context manager, which closes them.
+
+    That they cannot be written, as on a full disk, is logged and ends no run.
 
     Args:
         folder: where they go.
@@ -28,6 +30,12 @@ class Curves:
 
     def __init__(self, folder: Path, step: int, active: bool = True) -> None:
         self._writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=step + 1) if active else None
+
+    def __enter__(self) -> Curves:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def scalars(self, group: str, values: dict[str, float], step: int) -> None:
         """A point on each of the curves `group`/name."""

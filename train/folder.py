@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..zoo.errors import CheckpointError
-from .checkpoint import Tree, read_tree, write_tree
+from ..zoo.files import sync_folder
+from .checkpoint import Tree, is_spread, read_tree, remove, write_sharded_tree, write_tree
 from .errors import TrainingError
+from .parallel import Parallel
 
 log = logging.getLogger("restpoint.train")
 
@@ -24,7 +26,8 @@ class RunFolder:
     """A folder that one run at a time writes to; a context manager.
 
     It holds `checkpoint.safetensors`, and `previous.safetensors`, the one before, for the case that the last one was
-    damaged. A checkpoint that cannot be written leaves both as they were.
+    damaged; of tensors that are spread over processes the folders `checkpoint` and `previous`. A checkpoint that cannot
+    be written leaves both as they were.
 
     Args:
         path: made where it does not exist.
@@ -36,7 +39,10 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoint, self.previous = path / "checkpoint.safetensors", path / "previous.safetensors"
+        # Each is a file or a folder, whichever the run that wrote it needed.
+        self.checkpoint = path / "checkpoint.safetensors", path / "checkpoint"
+        self.previous = path / "previous.safetensors", path / "previous"
+        self.new = path / "new.safetensors", path / "new"
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> RunFolder:
@@ -56,8 +62,8 @@ class RunFolder:
         file.write(f"{os.getpid()}\n")
         file.flush()
         self._lock = file
-        for leftover in self.path.glob(".*.safetensors.*"):  # of a run that was killed while it wrote
-            leftover.unlink(missing_ok=True)
+        for leftover in (*self.path.glob(".*.safetensors.*"), *self.new):  # of a run that was killed while it wrote
+            remove(leftover)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -69,34 +75,49 @@ class RunFolder:
     @property
     def holds_run(self) -> bool:
         """Whether there is a checkpoint to go on from."""
-        return self.checkpoint.exists() or self.previous.exists()
+        return any(path.exists() for path in self.checkpoint + self.previous)
 
-    def save(self, tree: Tree) -> bool:
-        """Write a checkpoint, and keep the one before; returns whether it could be written.
+    def save(self, tree: Tree, parallel: Parallel) -> bool:
+        """Write a checkpoint, and keep the one before; returns whether it could be written. Every process calls this.
 
         A full disk is no reason to end a run that may still finish: it is logged, and what was saved before stays.
+
+        Raises:
+            CheckpointError: the processes share the tensors, and not the folder.
         """
-        new = self.path / "new.safetensors"
-        try:
-            write_tree(new, tree)
-            if self.checkpoint.exists():
-                self.checkpoint.replace(self.previous)
-            new.replace(self.checkpoint)
-        except OSError as error:
-            log.warning(
-                "the checkpoint of step %s could not be written (%s); the one before is kept", tree["step"], error
-            )
-            return False
-        return True
+        file, folder = self.new
+        if is_spread(tree):
+            done = write_sharded_tree(folder, tree, parallel)
+        else:
+            done = parallel.managed(lambda: write_tree(file, tree), first=True)
+        done = done and parallel.managed(self._turn, first=True)
+        if not done and parallel.first:
+            log.warning("the checkpoint of step %s could not be written; the one before is kept", tree["step"])
+        return done
+
+    def _turn(self) -> None:
+        """What is new becomes the checkpoint, and that the one before; at every moment one of them is there, whole."""
+        if any(path.exists() for path in self.checkpoint):
+            for path in self.previous:
+                remove(path)
+        for checkpoint, previous in zip(self.checkpoint, self.previous, strict=True):
+            if checkpoint.exists():
+                checkpoint.replace(previous)
+        for new, checkpoint in zip(self.new, self.checkpoint, strict=True):
+            if new.exists():
+                new.replace(checkpoint)
+        sync_folder(self.path)
 
     def load(self) -> Tree:
         """The last checkpoint that is whole, or None where there is none.
+
+        Where that is the one before, the damaged one is called so from then on.
 
         Raises:
             CheckpointError: there are checkpoints, and none is whole.
         """
         complaints = []
-        for path in (self.checkpoint, self.previous):
+        for path in self.checkpoint + self.previous:
             if not path.exists():
                 continue
             try:
@@ -105,8 +126,13 @@ class RunFolder:
                 log.warning("%s", error)
                 complaints.append(str(error))
                 continue
-            if path == self.previous:
+            if path in self.previous:
                 log.warning("going on from the checkpoint before, of step %s", tree["step"])
+                # Out of the way: in its turn it would take the place of the whole one.
+                for damaged in (checkpoint for checkpoint in self.checkpoint if checkpoint.exists()):
+                    aside = damaged.with_name(f"damaged{damaged.suffix}")
+                    remove(aside)
+                    damaged.replace(aside)
             return tree
         if complaints:
             raise CheckpointError(f"{' '.join(complaints)} Start anew in another folder.")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..zoo import create_model
 from ..zoo.cards import revive
-from .check import check_config
+from .check import check_config, check_parts
 from .checkpoint import (
     load_model_state,
     load_optimizer_state,
@@ -31,6 +31,7 @@ from .checkpoint import (
     pack,
     random_state,
     unpack,
+    whole_state,
 )
 from .config import Config
 from .curves import Curves, Pace, describe, in_words
@@ -84,12 +85,13 @@ def train(config: Config, command: str = "") -> dict[str, float]:
         interrupt = stack.enter_context(Interrupt())
         if parallel.first:
             stack.enter_context(folder)
-        return _train(config, command, folder, parallel, interrupt)
+        return _train(config, command, folder, parallel, interrupt, stack)
 
 
 def _train(
-    config: Config, command: str, folder: RunFolder, parallel: Parallel, interrupt: Interrupt
-) -> dict[str, float]:
+    config: Config, command: str, folder: RunFolder, parallel: Parallel, interrupt: Interrupt,
+    stack: contextlib.ExitStack,
+) -> dict[str, float]:  # fmt: skip
     torch.manual_seed(config.seed)
     if folder.holds_run and not config.resume:
         raise TrainingError(
@@ -108,6 +110,8 @@ def _train(
         raise
     except ValueError as error:
         raise TrainingError(f"The data {source.name} cannot be cut into batches as the recipe says: {error}") from error
+
+    check_parts(min(batches.rows(place) for place in {0, len(batches) - 1}), config.accumulate, parallel.world)
 
     # Model: `shipped` is what evaluation and export see, with the averaged weights and the solver of `arguments`.
     arguments: dict[str, Any] = dict(source.model_arguments)
@@ -195,13 +199,11 @@ def _train(
         }  # fmt: skip
 
     def save() -> bool:
-        tree = checkpoint()
-        return parallel.first and folder.save(tree)
+        return folder.save(checkpoint(), parallel)
 
     def look(weights: nn.Module, at: Callable[[], dict[str, float]]) -> dict[str, float]:
         """What the first process finds with these weights in `shipped`; the others wait for it."""
-        state = model_state(weights)
-        found = None
+        state, found = whole_state(weights, keep=parallel.first), None
         if parallel.first:
             shipped.load_state_dict(state)
             found = json.dumps(at()).encode()
@@ -212,7 +214,8 @@ def _train(
 
     if config.model.pretrained and config.data.validation and step == 0:
         log.info("before: %s", in_words(measure(), 5))
-    curves, pace = Curves(folder.path, step, parallel.first), Pace(parallel.device)
+    curves = stack.enter_context(Curves(folder.path, step, parallel.first))
+    pace = Pace(parallel.device)
     metrics: dict[str, float] = {}
     while epoch < config.epochs:
         model.train()
@@ -296,7 +299,6 @@ def _train(
             curves.pictures(config.task.pictures(shipped) if parallel.first else {}, step)
             log.info("epoch %d: %s", epoch, in_words(metrics, 5))
 
-    curves.close()
     metrics = metrics or measure()
     if parallel.first:
         try:

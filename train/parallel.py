@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import logging
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import TrainingError
+from ..zoo.errors import CheckpointError
+from .errors import Interrupted, TrainingError
+
+log = logging.getLogger("restpoint.train")
 
 STRATEGIES = ("ddp", "fsdp")
 
@@ -85,6 +90,28 @@ class Parallel:
         dist.all_reduce(values, dist.ReduceOp.MAX)
         return [int(v) for v in values]
 
+    def managed(self, act: Callable[[], object], *, first: bool = False) -> bool:
+        """Whether `act` went well in every process, or, where `first`, in the first, which alone does it.
+
+        An OSError is logged by the process that met it, and makes this False in all.
+
+        Raises:
+            CheckpointError: a process met one; then all do.
+        """
+        failure: OSError | CheckpointError | None = None
+        try:
+            if self.first or not first:
+                act()
+        except (OSError, CheckpointError) as error:
+            failure = error
+        ours = 0 if failure is None else 1 if isinstance(failure, OSError) else 2
+        (worst,) = self.any(ours)
+        if ours == 1:
+            log.warning("process %d: %s", self.rank, failure)
+        if worst == 2:
+            raise failure if isinstance(failure, CheckpointError) else CheckpointError("Another process says why.")
+        return worst == 0
+
     def total(self, value: float) -> float:
         """The sum over processes."""
         if self.alone:
@@ -142,9 +169,30 @@ def joined(device: str, strategy: str) -> Iterator[Parallel]:
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     try:
         yield Parallel(dist.get_rank(), dist.get_world_size(), place, strategy)
+    except Interrupted:  # which comes to all processes
+        dist.barrier()
+        raise
+    else:
+        dist.barrier()
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+def leave(status: int) -> int:
+    """End a process that trained with others, with this exit status; on a single one, only return the status.
+
+    DTensor's caches hold on to the process group, also when it is destroyed, and so its C++ threads live on. One that
+    lets go of a tensor while Python winds down asks for an interpreter that is no longer there, and Python ends it in
+    the middle of C++ ("terminate called without an active exception"). So Python is not wound down: by now every file
+    is closed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
+    return status
 
 
 def plain(value: Tensor) -> Tensor:

@@ -313,7 +313,8 @@ def revive(value: Any, where: str) -> Any:
     name = value["$class"]
     kind = getattr(solvers, name, None) if isinstance(name, str) and not name.startswith("_") else None
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-        raise CardError(f"{where}: restpoint.solvers exports no option class {name!r}.")
+        known = sorted(n for n in solvers.__all__ if dataclasses.is_dataclass(getattr(solvers, n)))
+        raise CardError(f"{where}: restpoint.solvers exports no option class {name!r}.{suggest(str(name), known)}")
     try:
         return kind(**inner)
     except (TypeError, ValueError) as error:

@@ -1,5 +1,7 @@
 """Recipes, overrides, and what the command says to a misspelt key."""
 
+import json
+
 import pytest
 import yaml
 
@@ -53,6 +55,9 @@ def test_defaults_recipe_and_overrides(tmp_path):
         ("epoch: 3", "epochs"),
         ("model: {nam: x}", "name"),
         ("task: {class_path: ImageClassification, init_args: {growth_wait: 1}}", "growth_weight"),
+        (["--task.class_path", "ImageClasification"], "ImageClassification"),
+        (["--task", "DensityEstimaton"], "DensityEstimation"),
+        ("task: {class_path: SudokuSolvin}", "SudokuSolving"),
     ],
 )
 def test_unknown_keys_get_a_suggestion(arguments, meant, tmp_path):
@@ -61,6 +66,25 @@ def test_unknown_keys_get_a_suggestion(arguments, meant, tmp_path):
         arguments = ["--config", str(tmp_path / "r.yaml")]
     with pytest.raises(UsageError, match=f"Did you mean '{meant}'"):
         parse(arguments)
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG\xff\x00", b"name: [a\nmodel: }"])
+def test_a_recipe_that_is_no_yaml_is_refused(content, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_bytes(content)
+    with pytest.raises(UsageError, match="config"):
+        parse([f"--config={recipe}"])
+
+
+def test_metrics_are_printed_as_json_where_they_are_asked_for(tmp_path, capsys):
+    small = "--model.arguments.channels 4 --model.arguments.groups 2 --model.arguments.stem-channels [4]"
+    line = f"--json {small} --data.validation 1000 --epochs 1 --threads 1 --output {tmp_path / 'run'}"
+    assert main(line.split()) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert 0 < metrics["accuracy"] < 1
+    card = json.loads((tmp_path / "run" / "conv_deq_tiny.digits.json").read_text())
+    assert card["metrics"]["accuracy"] == pytest.approx(metrics["accuracy"])
+    assert "--json" not in card["command"]
 
 
 def test_a_recipe_without_its_option_is_recognised():
@@ -75,6 +99,9 @@ def test_a_recipe_without_its_option_is_recognised():
         ("--accumulate 0", "accumulate must be at least 1"),
         ("--log-every 0", "log_every must be at least 1"),
         ("--threads 0", "threads must be at least 1"),
+        ("--warmup.steps 3 --warmup.layers 0", "warmup.layers must be at least 1; got 0"),
+        ("--data.batch-size 4 --accumulate 8", "A batch of 4 cannot be cut into 8 parts in each of 1 processes"),
+        ("--model.arguments {solver:{$class:Andersen}}", "no option class 'Andersen'. Did you mean 'Anderson'"),
         ("--data.batch-size 0", "data.batch_size must be at least 1"),
         ("--data.batch-size 5000", "cannot be cut into batches as the recipe says: 1198 training images do not fill"),
         ("--data.validation -1", "data.validation must not be negative"),

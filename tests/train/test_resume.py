@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from restpoint.train import Config, DataConfig, Interrupted, ModelConfig, TrainingError, train
 from restpoint.train.checkpoint import (
@@ -84,10 +85,14 @@ def test_a_signal_saves_and_ends_between_two_steps(number, tmp_path):
             os.kill(os.getpid(), number)
 
     with pytest.raises(Interrupted, match="at step 16; --resume auto") as stopped:
-        train(config(tmp_path / "parts", task=Stopped()))
+        train(config(tmp_path / "parts", task=Stopped(), log_every=5))
     assert stopped.value.signal == number
     tree = read_tree(tmp_path / "parts" / "checkpoint.safetensors")
     assert (tree["step"], tree["epoch"], tree["place"]) == (16, 1, 5)
+    # The curves' last points are on the disk, too, and not with a thread that ends with the process.
+    events = EventAccumulator(str(tmp_path / "parts"))
+    events.Reload()
+    assert [point.step for point in events.Scalars("train/loss")] == [1, 5, 10, 15]
     train(config(tmp_path / "parts", resume="auto"))
     train(config(tmp_path / "whole", resume="auto"))
     assert (tmp_path / "parts" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
@@ -129,6 +134,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(tmp_path, caplog):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert "could not be written" in caplog.text
     assert read_tree(tmp_path / "checkpoint.safetensors")["step"] == 15
+    assert read_tree(tmp_path / "previous.safetensors")["step"] == 12
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     train(config(tmp_path, resume="auto"))
     train(config(tmp_path / "whole"))
