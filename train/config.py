@@ -47,7 +47,8 @@ class DataConfig:
         transform: of an image_folder's training images: options of timm.data.create_transform, such as
             {scale: [0.5, 1.0], hflip: 0.5, auto_augment: rand-m9}; None only resizes.
         workers: processes that read an image_folder's files ahead.
-        length: characters of a text that a model sees at a time.
+        length: characters of a text that a model sees at a time, or states of a trajectory that it learns to follow;
+            None for what the data have of their own.
     """
 
     name: str = "digits"
@@ -59,7 +60,7 @@ class DataConfig:
     shape: tuple[int, int, int] | None = None
     transform: dict[str, Any] | None = None
     workers: int = 0
-    length: int = 128
+    length: int | None = None
 
 
 @dataclasses.dataclass

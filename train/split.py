@@ -6,7 +6,17 @@ import dataclasses
 from typing import Any
 
 from .config import Config
-from .data import AnySource, Batches, DataError, FolderBatches, FolderSource, MixedBatches, Source, TextSource
+from .data import (
+    AnySource,
+    Batches,
+    DataError,
+    FolderBatches,
+    FolderSource,
+    MixedBatches,
+    Source,
+    TextSource,
+    TrajectorySource,
+)
 
 
 def split_batches(config: Config, source: AnySource, device: str = "cpu") -> tuple[Any, Any]:
@@ -19,7 +29,7 @@ def split_batches(config: Config, source: AnySource, device: str = "cpu") -> tup
     """
     data = config.data
     if not isinstance(source, Source | FolderSource):
-        other: Any = dataclasses.replace(source, length=data.length) if isinstance(source, TextSource) else source
+        other = _cut(source, data.length)
         return other.batches(data.batch_size, data.eval_batch_size, data.validation, config.seed, device)
     train_set: Any = source.train
     held_out: Any = source.test
@@ -45,6 +55,14 @@ def split_batches(config: Config, source: AnySource, device: str = "cpu") -> tup
     if data.mixup is None:
         return training, measured
     return MixedBatches(training, data.mixup, len(source.classes), config.seed), measured
+
+
+def _cut(source: Any, length: int | None) -> Any:
+    """Data whose training pieces are `length` long, where they are cut into pieces and a length is asked for."""
+    if length is None or not isinstance(source, TextSource | TrajectorySource):
+        return source
+    piece = "length" if isinstance(source, TextSource) else "piece"
+    return dataclasses.replace(source, **{piece: length})
 
 
 def _carve(source: Any, count: int) -> tuple[Any, Any]:
