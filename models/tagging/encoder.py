@@ -60,6 +60,23 @@ class SentenceEncoder(nn.Module):
         if not self.vocabulary.fitted:
             self.vocabulary.fit(words)
 
+    @torch.no_grad()
+    def start_from(self, other: SentenceEncoder) -> None:
+        """Take over the words, their vectors, the spelling and the LSTMs of an encoder of the same sizes.
+
+        What stands on top of them stays as it is.
+
+        Raises:
+            ValueError: the other one has another vocabulary, or other sizes; the message names the first.
+        """
+        for part in ("vocabulary", "characters", "lstms"):
+            mine, theirs = getattr(self, part).state_dict(), getattr(other, part).state_dict()
+            for name in sorted(mine.keys() | theirs.keys()):
+                ours, given = (tuple(d[name].shape) if name in d else None for d in (mine, theirs))
+                if ours != given:
+                    raise ValueError(f"start_from: {part}.{name} is {given} in the other encoder, and {ours} in this.")
+            getattr(self, part).load_state_dict(theirs)
+
     def encode(self, words: UInt8[Tensor, "..."]) -> Float[Tensor, "batch length features"]:
         """Every word of what `encode_words` made, in its sentence; beyond a sentence they mean nothing.
 

@@ -140,3 +140,11 @@ def test_from_files_to_names(folder, tmp_path, monkeypatch, capsys):
     assert main(["predict", "bilstm_crf_entities.trial", "Anne saw Rome"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert [line[:2] for line in lines] == [["Anne", "B-person"], ["saw", "O"], ["Rome", "B-location"]]
+    # Another model starts from this one's encoder, and has a head of its own.
+    torch.manual_seed(1)
+    other, words = bilstm_crf_entities(**SMALL).eval(), encode_words([["Anne", "saw", "Rome"]])
+    EntityRecognition(encoder="bilstm_crf_entities.trial").prepare(other, load_data("wnut17", folder))
+    assert torch.equal(other.encode(words), model.eval().encode(words))
+    assert not torch.equal(other.emissions.weight, model.emissions.weight)
+    with pytest.raises(ValueError, match="Linear has no start_from"):
+        EntityRecognition(encoder="bilstm_crf_entities.trial").prepare(torch.nn.Linear(1, 1), None)

@@ -20,6 +20,9 @@ class EntityRecognition(SequenceTagging):
     A model offers `log_likelihood(words, tags)` and `decode(words)`, with 0 outside of names, 2 k + 1 where one of kind
     k begins and 2 k + 2 where it goes on; one that also offers `fit(words)` is given the words of the training set
     before the first step.
+
+    Args:
+        encoder: see `SequenceTagging`.
     """
 
     kind = "entity-recognition"

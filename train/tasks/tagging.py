@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...solvers.options import options
+from ...zoo import create_model
 from ..data.conllu import Sentences
 from .sentence_figures import draw_tags, least_sure, spelled
 from .task import Outcome, Task
@@ -27,13 +28,27 @@ class SequenceTagging(Task):
 
     A model offers `log_likelihood(words, tags)` and `decode(words)`; one that also offers `fit(words)` is given the
     words of the training set before the first step.
+
+    Args:
+        encoder: a pretrained model of the zoo whose words, spelling and LSTMs the model starts from, by its
+            `start_from`; None starts from chance.
     """
+
+    encoder: str | None = None
 
     kind = "tagging"
     metric = "accuracy"
 
     def prepare(self, model: nn.Module, source: Any) -> None:
-        """Show the model the words that it will be trained on."""
+        """Show the model the words that it will be trained on, or give it an encoder that knows some already.
+
+        Raises:
+            ValueError: the model has no `start_from`, or other sizes than the encoder.
+        """
+        if self.encoder is not None:
+            if not hasattr(model, "start_from"):
+                raise ValueError(f"encoder: {type(model).__name__} has no start_from, and cannot start from another.")
+            model.start_from(create_model(self.encoder, pretrained=True))  # type: ignore[operator]
         if hasattr(model, "fit"):
             model.fit(torch.cat(source.train.words))  # type: ignore[operator]
 

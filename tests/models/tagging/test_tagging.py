@@ -101,6 +101,47 @@ def test_it_learns_and_tags():
     assert again.eval().decode(words).equal(tags)
 
 
+def test_names_that_a_little_less_certainty_finds():
+    torch.manual_seed(0)
+    options = {**SMALL, "num_tags": 5, "bio": True, "layers": 1}
+    model, eager = BiLSTMCRF(**options).double().eval(), BiLSTMCRF(**options, outside_cost=30.0).double().eval()
+    eager.load_state_dict(model.state_dict())
+    words = encode_words(SENTENCES)
+    tags = torch.tensor([[0, 1, 2, -1, -1], [3, 0, 3, 0, 1], [1, -1, -1, -1, -1]])
+    torch.testing.assert_close(model.log_likelihood(words, tags), eager.log_likelihood(words, tags), rtol=0, atol=0)
+    inside = words[..., 0] != 0
+    assert (eager.decode(words)[inside] != 0).all()
+    assert (eager.decode(words)[~inside] == -1).all()
+    # What a small cost changes are the sequences that it makes best: of all there are, by brute force.
+    eager.outside_cost = 0.4
+    scores = model(words[2:, :1])[0, 0] + model.crf.start + model.crf.end
+    scores = scores.masked_fill(model.crf.forbidden_start, -torch.inf) - torch.tensor([0.4, 0, 0, 0, 0])
+    assert eager.decode(words[2:, :1]).tolist() == [[int(scores.argmax())]]
+    (_, found, sure), *_ = eager.tag([SENTENCES[0]])
+    assert found == eager.decode(words[:1, :3])[0].tolist()
+    shares = model.distribution(words[:1, :3]).marginals.states[0].detach()
+    assert sure == pytest.approx([float(shares[i, t]) for i, t in enumerate(found)])
+    with pytest.raises(ValueError, match="outside_cost 0.5 needs bio=True"):
+        BiLSTMCRF(**SMALL, outside_cost=0.5)
+
+
+def test_an_encoder_to_start_from():
+    torch.manual_seed(0)
+    words = encode_words(SENTENCES)
+    teacher, pupil = BiLSTMCRF(**SMALL).eval(), BiLSTMCRF(**{**SMALL, "num_tags": 7}).eval()
+    teacher.fit(words[1].repeat(2, 1))
+    head = pupil.emissions.weight.detach().clone()
+    pupil.start_from(teacher)
+    assert torch.equal(pupil.encode(words), teacher.encode(words))
+    assert pupil.vocabulary.fitted
+    assert torch.equal(pupil.emissions.weight, head)
+    wider = BiLSTMCRF(**{**SMALL, "hidden": 9})
+    with pytest.raises(ValueError, match=r"lstms.0.bias_hh_l0 is \(32,\) in the other encoder, and \(36,\) in this"):
+        wider.start_from(teacher)
+    with pytest.raises(ValueError, match="lstms.1.bias_hh_l0 is None in the other encoder"):
+        BiLSTMCRF(**SMALL).start_from(BiLSTMCRF(**SMALL, layers=1))
+
+
 def test_bad_input():
     model = BiLSTMCRF(**SMALL)
     words = encode_words(SENTENCES)
