@@ -26,15 +26,24 @@ class Tolerance:
         rtol: relative part.
         atol: absolute part.
         columns: the matrix's columns that take part in step control; None for all.
+        resolution: of the state's type, the error of rounding in units of |y|: where the tolerance is finer, it is NaN,
+            so that no step is accepted, however short. 0 where that cannot be, or is not to be looked for.
     """
 
     rtol: float
     atol: float
     columns: Tensor | None = None
+    resolution: float = 0.0
 
     def scale(self, y: Tensor) -> Tensor:
         """atol + rtol |y|, what errors are compared with at `y` (batch, n)."""
-        return y.abs().mul_(self.rtol).add_(self.atol)
+        scale = y.abs().mul_(self.rtol).add_(self.atol)
+        return torch.where(scale < self.resolution * y.abs(), math.nan, scale) if self.resolution else scale
+
+    def spent(self, y: Tensor) -> Tensor:
+        """Which samples (batch,) are where the tolerance is as fine as two roundings, beyond which no step leads."""
+        size = y.abs() if self.columns is None else y.abs().index_select(-1, self.columns)
+        return (size * self.rtol + self.atol < 2 * self.resolution * size).any(-1)
 
     def scaled(self, error: Tensor, scale: Tensor) -> Tensor:
         """`error` (batch, n) in units of the tolerance, controlled columns only."""

@@ -170,9 +170,14 @@ class SampleSteps:
             self.calls.append(rhs.calls)
             active = active & ~done
             suspect = h.abs() < coarsest if adaptive else ~accepted
+            spent = None
+            if adaptive and tolerance.resolution:
+                spent = ratio.isnan() & tolerance.spent(y)
+                suspect = suspect | spent
             news = int(plain(active * (suspect + 1)).max())
             if news == 2:
                 lost = active & (h.abs() < self._resolution(t, h) if adaptive else suspect)
+                lost = lost if spent is None else lost | (active & spent)
                 self._end_lost(lost, step, scale)
                 active, halted = active & ~lost, True
             if len(self.waiting) == _CHUNK:

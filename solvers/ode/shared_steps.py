@@ -240,6 +240,8 @@ class SharedSteps:
             if not tiny:
                 # No shorter step helps where the field is broken at the very state the step starts from.
                 lost = broken & ~self.method.derivative(self.rhs, t, y, carry).isfinite().all(-1)
+                if self.tolerance.resolution:
+                    lost = lost | (self.tolerance.spent(y) & living)
             elif step.failed is not None:
                 lost = (broken | step.failed) & living
             else:

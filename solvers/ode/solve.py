@@ -68,7 +68,8 @@ def solve_ode(
             which methods without an error estimate need. Its `per_sample=True` gives every sample its own steps.
         adjoint: how the solution is differentiated; `CheckpointAdjoint()` by default.
         rtol, atol: a step's error is kept below atol + rtol |y|, root mean square over the batch, or over each sample
-            with steps of its own.
+            with steps of its own. Where |y| grows until that is finer than the state's dtype resolves, no step is short
+            enough, and the sample fails.
         max_steps: a budget of accepted and rejected steps together.
         events: what to look out for on the way, and what ends samples early: see `Event`.
         quadrature: keys or indices of parts of the state that take no part in step control, such as integrals along
@@ -105,6 +106,7 @@ def solve_ode(
         way = _compiled(way)
     max_steps = check_integer("", "max_steps", max_steps)
     _check_knobs(solver, controller, rtol, atol, args)
+    eps = torch.finfo(matrix.dtype).eps if controller.adaptive else 0.0
     if controller.adaptive:
         _check_resolution(matrix, rtol, atol)
     problem = Problem(
@@ -113,7 +115,7 @@ def solve_ode(
         times=read_times(t, len(matrix), matrix.device),
         method=solver,
         controller=controller,
-        tolerance=Tolerance(float(rtol), float(atol), controlled_columns(spec, quadrature)),
+        tolerance=Tolerance(float(rtol), float(atol), controlled_columns(spec, quadrature), eps if rtol < eps else 0.0),
         max_steps=max_steps,
         dense=dense,
         events=_listed(events),

@@ -196,6 +196,7 @@ def attempt(plan: Plan, rhs: Rhs, here: Position, setting: Setting, chunk: Chunk
         t = torch.where(good, torch.where(lands, setting.end, here.t + h), here.t)
         size = torch.maximum(torch.maximum(t.abs(), (t + wish).abs()), 1e-6 * setting.span.abs())
         trouble = (wish.abs() < UNDERFLOW * size) & ~(good & lands)
+        trouble = trouble | (ratio.isnan() & (setting.rtol < torch.finfo(here.y.dtype).eps))
     else:
         good = step.y.sum().isfinite()
         following, wish, trouble = (), here.h, ~good
@@ -236,7 +237,11 @@ def _strain(plan: Plan, step: Step, h: Tensor, here: Position) -> tuple[Tensor |
 def _ratio(plan: Plan, step: Step, y: Tensor, setting: Setting) -> Tensor:
     """The error in units of the tolerance, root mean square, float64."""
     assert step.error is not None
-    scaled = step.error / (torch.maximum(y.abs(), step.y.abs()) * setting.rtol + setting.atol)
+    size, eps = torch.maximum(y.abs(), step.y.abs()), torch.finfo(y.dtype).eps
+    scale = size * setting.rtol + setting.atol
+    # As `Tolerance` has it.
+    scale = torch.where((scale < size * eps) & (setting.rtol < eps), math.nan, scale)
+    scaled = step.error / scale
     if plan.columns is not None:
         scaled = scaled.index_select(-1, plan.columns)
     return torch.linalg.vector_norm(scaled).double() / math.sqrt(max(scaled.numel(), 1))

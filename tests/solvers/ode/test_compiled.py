@@ -311,6 +311,18 @@ def test_samples_that_break_are_reported_as_ever():
     assert set(solution.stats.status.tolist()) <= {Status.STEP_UNDERFLOW, Status.NON_FINITE}
 
 
+@pytest.mark.filterwarnings("error::restpoint.solvers.ode.CompileWarning")
+def test_tolerances_that_the_solution_outgrows():
+    for field, status in (
+        (lambda t, y: torch.cos(y), Status.STEP_UNDERFLOW),
+        (lambda t, y: -1e-6 * y, Status.CONVERGED),
+    ):
+        with interpreted():
+            options = {"rtol": 0.0, "atol": 1e-12, "throw": False, "compile": True, "max_steps": 500}
+            solution = solve_ode(lambda t, y: rate * torch.cos(y), torch.zeros(2, 1), (0.0, 3.0), **options)
+        assert solution.stats.status.tolist() == [status] * 2
+
+
 class Choosing(torch.autograd.Function):
     """Twice a tensor, whose derivative looks at values."""
 

@@ -397,6 +397,29 @@ def test_the_component_that_breaks_is_named(solver, per_sample):
         solve_ode(field, torch.ones(3, 4), (0.0, 1.0), solver=solver, controller=controller, rtol=1e-3, atol=1e-3)
 
 
+@PER_SAMPLE
+@pytest.mark.parametrize("tolerance", [{"rtol": 0.0, "atol": 1e-12}, {"rtol": 1e-9, "atol": 1e-12}], ids=["0", "1e-9"])
+def test_tolerances_that_the_solution_outgrows(per_sample, tolerance):
+    """From zero, where they can be kept; one sample stays where they can."""
+    y0, rate = torch.zeros(2, 2), torch.tensor([[1e-6, 1e-6], [1e-6, 1.0]])
+
+    def field(t, y):
+        return rate * torch.cos(t.reshape(-1, 1))
+
+    options = {"controller": PIDController(per_sample=per_sample), **tolerance}
+    with pytest.raises(SolverError, match=r"Sample 1 needed a step below the resolution .* in y\[1\].*float64"):
+        solve_ode(field, y0, (0.0, math.pi), **options)
+    solution = solve_ode(field, y0, (0.0, math.pi), throw=False, **options)
+    assert solution.stats.status.tolist() == [Status.CONVERGED, Status.STEP_UNDERFLOW]
+    # It is noticed at once: 1e-12 is twice the resolution of 4.2e-6.
+    assert 4e-6 < float(solution.reached[1]) < 9e-6
+    assert float(solution.value[-1, 0].abs().max()) < 1e-11
+    assert bool(solution.value[-1, 1].isnan().all())
+    # In float64 there is nothing to it.
+    rate = rate.double()
+    assert solve_ode(field, y0.double(), (0.0, math.pi), **options).converged.all()
+
+
 class TestKnobs:
     @pytest.mark.parametrize(
         "options, message",
