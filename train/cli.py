@@ -37,14 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the arguments, train, and return the exit status: 0, or 2 where the message on stderr says what to mend."""
     arguments = [_spell(a) for a in (sys.argv[1:] if argv is None else argv)]
     as_json = "--json" in arguments
+    # Under torchrun the first process speaks for all, and every one of its own troubles.
+    first = os.environ.get("RANK", "0") == "0"
     arguments = _find_recipes([a for a in arguments if a != "--json"])
     try:
         config = parse(arguments)
     except UsageError as error:
-        print(f"restpoint-train: {error}", file=sys.stderr)
+        if first:
+            print(f"restpoint-train: {error}", file=sys.stderr)
         return 2
-    # Under torchrun the first process speaks for all, and every one of its own troubles.
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    level = logging.INFO if first else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     try:
         metrics = train(config, command_line(arguments))
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (TrainingError, DataError, ZooError, OSError) as error:
         print(f"restpoint-train: {error}", file=sys.stderr)
         return leave(2)
-    if as_json and os.environ.get("RANK", "0") == "0":
+    if as_json and first:
         print(json.dumps(metrics, indent=2))
     return leave(0)
 
@@ -152,7 +154,8 @@ def _with_suggestion(message: str) -> str:
         return f"{message}{suggest(name, sorted(known))}"
     chosen = re.search(r"import path string: (\w+)|task.*?([A-Z]\w+)", message) if 'key "task"' in message else None
     if chosen:
-        return f"{message}.{suggest(chosen[1] or chosen[2], sorted(TASKS))} There are: {', '.join(sorted(TASKS))}."
+        names = sorted(type(task).__name__ for task in TASKS.values())
+        return f"{message}.{suggest(chosen[1] or chosen[2], names)} There are: {', '.join(names)}."
     stray = re.search(r"arguments: (\S+\.ya?ml)", message)
     return f"{message}. A recipe is given as --config {stray[1]}" if stray else message
 

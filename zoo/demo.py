@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,8 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=Path("demo.png"),
         help="the picture, or a folder for it (default demo.png); the flows' lies beside it",
     )
-    output = destination(parser.parse_args(argv).output)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the report")
+    options = parser.parse_args(argv)
+    # The report is printed as it comes about, for it takes a while.
+    with contextlib.redirect_stdout(io.StringIO()) if options.json else contextlib.nullcontext():
+        facts = _demonstrate(destination(options.output))
+    if options.json:
+        print(json.dumps(facts, indent=2))
+    return 0
 
+
+def _demonstrate(output: Path) -> dict[str, Any]:
     card = load_card(NAME)
     model = cast(ConvDEQ, create_model(NAME, pretrained=True).eval())
     inputs, pictures, labels = _held_out()
@@ -66,8 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     _print_certificate(model, inputs, solution, labels, shown[[0, SHOWN // 2, -2, -1]])
     _draw(output, pictures, labels, predictions, steps, _residuals(model, inputs[shown]), shown, model.deq.rtol)
     print(f"\npicture      {output.resolve()}\n")
-    demo_flow.main(output.with_stem(output.stem + "-flows"))
-    return 0
+    flows = output.with_stem(output.stem + "-flows")
+    demo_flow.main(flows)
+    return {
+        "model": NAME,
+        "accuracy": float(right.double().mean()),
+        "digits": len(right),
+        "converged": int(solution.converged.sum()),
+        "evaluations": float(solution.stats.evaluations.double().mean()),
+        "milliseconds": 1000 * seconds / len(right),
+        "pictures": [str(output.resolve()), str(flows.resolve())],
+    }
 
 
 def destination(path: Path) -> Path:

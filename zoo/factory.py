@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.registry import Architecture
+from ..solvers.options import check_integer
 from .adapt import transfer
 from .cards import Card
 from .errors import CheckpointError
@@ -18,7 +19,8 @@ from .files import write_atomically
 from .registry import LOCAL_CARD, LOCAL_WEIGHTS, Entry, architectures, card_beside, resolve, with_card
 from .weights import find_weights, load_state, pack_weights, read_weights
 
-ADAPTED = ("num_classes", "in_chans")
+# What pretrained weights are adapted to, and the least that it can be; no classes is no classifier.
+ADAPTED = {"num_classes": 0, "in_chans": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +62,15 @@ def create_model(
         CardError: the card is missing or not valid.
         CheckpointError: the weights are missing, truncated, corrupt, or do not fit.
         TypeError: an override that the architecture does not have.
-        ValueError: both `pretrained` and `checkpoint_path` are given.
+        ValueError: both `pretrained` and `checkpoint_path` are given, or a number of classes or channels is none.
 
     Example:
         >>> model = restpoint.create_model("conv_deq_tiny.digits", pretrained=True).eval()
         >>> model = restpoint.create_model("conv_deq_small.mnist", pretrained=True, num_classes=47, in_chans=3)
     """
+    for key, least in ADAPTED.items():
+        if key in overrides:
+            check_integer("create_model: ", key, overrides[key], least)
     if pretrained and checkpoint_path is not None:
         raise ValueError("Give either pretrained=True or checkpoint_path, not both: each names weights to load.")
     if pretrained:

@@ -200,6 +200,8 @@ def _features(model: nn.Module, name: str, out_indices: int | Sequence[int] | No
     indices = (
         out_indices if isinstance(out_indices, int) else tuple(range(count) if out_indices is None else out_indices)
     )
+    if not (1 <= indices <= count if isinstance(indices, int) else all(-count <= i < count for i in indices)):
+        raise ValueError(f"{name} has {count} maps of features; out_indices={indices} asks for others.")
     net: nn.Module = FeatureGetterNet(model, out_indices=indices)
     net.in_chans = model.in_chans
     return net

@@ -101,7 +101,7 @@ def test_a_recipe_without_its_option_is_recognised():
         ("--threads 0", "threads must be at least 1"),
         ("--warmup.steps 3 --warmup.layers 0", "warmup.layers must be at least 1; got 0"),
         ("--data.batch-size 4 --accumulate 8", "A batch of 4 cannot be cut into 8 parts in each of 1 processes"),
-        ("--model.arguments {solver:{$class:Andersen}}", "no option class 'Andersen'. Did you mean 'Anderson'"),
+        ('--model.arguments {"solver":{"$class":"Andersen"}}', "no option class 'Andersen'. Did you mean 'Anderson'"),
         ("--data.batch-size 0", "data.batch_size must be at least 1"),
         ("--data.batch-size 5000", "cannot be cut into batches as the recipe says: 1198 training images do not fill"),
         ("--data.validation -1", "data.validation must not be negative"),

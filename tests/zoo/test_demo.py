@@ -1,5 +1,6 @@
 """The demonstration, as a new user runs it."""
 
+import json
 import re
 
 import pytest
@@ -25,6 +26,15 @@ def test_the_demo_prints_and_draws_what_it_promises(tmp_path, capsys):
     with Image.open(picture) as image:
         assert min(image.size) > 600
         assert len(image.convert("RGB").getcolors(maxcolors=1 << 20)) > 200
+
+
+def test_the_demo_as_json(tmp_path, capsys):
+    assert main(["demo", "--json", "--output", str(tmp_path / "digits.png")]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["accuracy"] == pytest.approx(load_card("conv_deq_tiny.digits").metrics["accuracy"], abs=1e-4)
+    assert facts["digits"] == facts["converged"] == 599
+    assert facts["pictures"] == [str(tmp_path / name) for name in ("digits.png", "digits-flows.png")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["digits-flows.png", "digits.png"]
 
 
 def test_the_demo_has_help_with_an_example(capsys):

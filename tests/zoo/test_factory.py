@@ -178,6 +178,15 @@ def test_a_checkpoint_without_a_card_adapts_as_well(tiny, tmp_path, norm):
         create_model("trial_tiny.ones", checkpoint_path=path, in_chans=2, norm=norm)
 
 
+@pytest.mark.parametrize("pretrained", [True, False])
+@pytest.mark.parametrize(
+    "option, value", [("num_classes", -1), ("num_classes", "ten"), ("num_classes", 2.5), ("in_chans", 0)]
+)
+def test_a_number_of_classes_or_channels_that_is_none_is_refused(tiny, option, value, pretrained):
+    with pytest.raises(ValueError, match=f"create_model: {option} must be an integer of at least"):
+        create_model("trial_tiny", pretrained=pretrained, **{option: value})
+
+
 def test_two_sources_of_weights_are_one_too_many(tiny, tmp_path):
     with pytest.raises(ValueError, match="either pretrained=True or checkpoint_path"):
         create_model("trial_tiny", pretrained=True, checkpoint_path=tmp_path / "w.safetensors")

@@ -206,6 +206,23 @@ def test_what_is_not_there_is_named(tiny):
         timm.create_model("restpoint_trial_tiny", features_only=True)
 
 
+@pytest.mark.parametrize("indices", [(0, 2), (-3,), 3, 0])
+def test_maps_of_features_that_there_are_not_are_refused(indices):
+    with pytest.raises(ValueError, match="conv_deq_tiny has 2 maps of features; out_indices=.* asks for others"):
+        timm.create_model("restpoint_conv_deq_tiny", features_only=True, out_indices=indices)
+
+
+def test_weights_that_are_damaged_or_gone_never_become_a_model_of_timms(tiny, home):
+    timm_bridge.register()
+    weights = home / "checkpoints" / "trial_tiny.ones.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(CheckpointError, match="corrupt"):
+        timm.create_model("restpoint_trial_tiny", pretrained=True)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="are in none of"):
+        timm.create_model("restpoint_trial_tiny", pretrained=True)
+
+
 def test_timm_is_imported_by_those_alone_who_want_it(tmp_path):
     code = "import sys, restpoint; restpoint.list_models(); restpoint.create_model('conv_deq_tiny'); "
     code += "assert 'timm' not in sys.modules"
