@@ -71,7 +71,8 @@ class FFJORD(ContinuousFlow):
         divergence: "exact", "rademacher", "gaussian" (Hutchinson's estimate with that noise) or "hutch++"; or any
             `Divergence`.
         t: the base's time and the data's.
-        solver, controller, adjoint, rtol, atol, max_steps: of the `ContinuousFlow`.
+        solver, controller, rtol, atol, max_steps: of the `ContinuousFlow`.
+        adjoint: likewise; None takes `CheckpointAdjoint(recursive=True)`, whose memory hardly grows with the steps.
 
     Raises:
         ValueError: an unknown divergence.
@@ -101,7 +102,7 @@ class FFJORD(ContinuousFlow):
             t=t,
             solver=solver,
             controller=controller,
-            adjoint=adjoint,
+            adjoint=CheckpointAdjoint(recursive=True) if adjoint is None else adjoint,
             rtol=rtol,
             atol=atol,
             max_steps=max_steps,

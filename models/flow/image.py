@@ -140,7 +140,8 @@ class ImageFlow(ContinuousFlow):
         margin: keeps the logit's argument away from 0 and 1.
         divergence: "exact", "rademacher", "gaussian" (Hutchinson's estimate with that noise) or "hutch++"; or any
             `Divergence`.
-        t, solver, controller, adjoint, rtol, atol, max_steps: of the `ContinuousFlow`.
+        t, solver, controller, rtol, atol, max_steps: of the `ContinuousFlow`.
+        adjoint: likewise; None takes `CheckpointAdjoint(recursive=True)`, whose memory hardly grows with the steps.
 
     Raises:
         ValueError: sizes that do not fit together, an unknown divergence, a margin outside of [0, 1/2).
@@ -184,7 +185,7 @@ class ImageFlow(ContinuousFlow):
             t=t,
             solver=solver,
             controller=controller,
-            adjoint=adjoint,
+            adjoint=CheckpointAdjoint(recursive=True) if adjoint is None else adjoint,
             rtol=rtol,
             atol=atol,
             max_steps=max_steps,

@@ -69,7 +69,8 @@ class GRAND(nn.Module):
         input_dropout: probability with which a feature is zero in training.
         dropout: with which a channel is, before and after the diffusion.
         solver, controller, adjoint, rtol, atol, max_steps: of `solve_ode`. The adjoint is not the continuous one, for
-            diffusion run backwards grows without bound; `CheckpointAdjoint` keeps a few states.
+            diffusion run backwards grows without bound; None takes `CheckpointAdjoint(recursive=True)`, whose memory
+            hardly grows with the steps.
 
     Raises:
         ValueError: the heads do not divide the width of the attention; the time is not positive.
@@ -103,7 +104,7 @@ class GRAND(nn.Module):
         self.classifier = nn.Linear(channels, num_classes)
         self.solver = Tsit5() if solver is None else solver
         self.controller = PIDController() if controller is None else controller
-        self.adjoint = CheckpointAdjoint() if adjoint is None else adjoint
+        self.adjoint = CheckpointAdjoint(recursive=True) if adjoint is None else adjoint
         self.rtol, self.atol, self.max_steps = rtol, atol, max_steps
 
     def encode(self, graph: Graph) -> Float[Tensor, "nodes channels"]:

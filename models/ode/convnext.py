@@ -68,7 +68,8 @@ class ODEConvNeXt(PooledClassifier):
         patch: side and stride of the stem's patches in pixels.
         layer_scale: initial scale of the fields.
         t: start and end of every trajectory.
-        solver, controller, adjoint, rtol, atol, max_steps: of each `NeuralODE`.
+        solver, controller, rtol, atol, max_steps: of each `NeuralODE`.
+        adjoint: likewise; None takes `CheckpointAdjoint(recursive=True)`, whose memory hardly grows with the steps.
 
     Attributes:
         num_classes, num_features, in_chans, input_layers, feature_info: as of `PooledClassifier`.
@@ -114,7 +115,7 @@ class ODEConvNeXt(PooledClassifier):
                 t=t,
                 solver=solver,
                 controller=controller,
-                adjoint=adjoint,
+                adjoint=CheckpointAdjoint(recursive=True) if adjoint is None else adjoint,
                 rtol=rtol,
                 atol=atol,
                 max_steps=max_steps,

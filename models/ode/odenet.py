@@ -79,7 +79,8 @@ class ODENet(PooledClassifier):
         augment: channels of zeros appended to the state (ANODE).
         groups: of the group normalisations; at most one a channel is used.
         t: start and end of the trajectory.
-        solver, controller, adjoint, rtol, atol, max_steps: of the `NeuralODE`.
+        solver, controller, rtol, atol, max_steps: of the `NeuralODE`.
+        adjoint: likewise; None takes `CheckpointAdjoint(recursive=True)`, whose memory hardly grows with the steps.
 
     Attributes:
         num_classes, num_features, in_chans, input_layers, feature_info: as of `PooledClassifier`.
@@ -132,7 +133,7 @@ class ODENet(PooledClassifier):
             augment=augment,
             solver=solver,
             controller=controller,
-            adjoint=adjoint,
+            adjoint=CheckpointAdjoint(recursive=True) if adjoint is None else adjoint,
             rtol=rtol,
             atol=atol,
             max_steps=max_steps,

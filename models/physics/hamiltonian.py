@@ -7,11 +7,10 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from ...solvers.ode import CheckpointAdjoint, ConstantController, Controller, Method, Yoshida4
-from ...solvers.ode.adjoint import Adjoint
+from ...solvers.ode import ConstantController, Controller, Method, ReversibleAdjoint, ReversibleMethod, Yoshida4
 from ..registry import register_model
 from .scalar import ScalarMLP
-from .trajectory import TrajectoryModel
+from .trajectory import AnyAdjoint, TrajectoryModel
 
 
 class HamiltonianNetwork(TrajectoryModel):
@@ -23,7 +22,9 @@ class HamiltonianNetwork(TrajectoryModel):
     Args:
         degrees: of freedom.
         hidden: widths of the hidden layers of each of the two perceptrons, T and V.
-        solver, controller, adjoint, rtol, atol, max_steps: of `solve_ode`; by default `Yoshida4()` at steps of 0.1.
+        solver, controller, rtol, atol, max_steps: of `solve_ode`; by default `Yoshida4()` at steps of 0.1.
+        adjoint: likewise; None takes `ReversibleAdjoint()`, which undoes symplectic steps and keeps none of them, and
+            for a solver that cannot be undone that of `TrajectoryModel`.
 
     Source: Greydanus, Dzamba and Yosinski 2019, equations 2 and 4; there H need not be separable and is fitted to
     derivatives, or here to trajectories, through a symplectic integrator, as by Chen, Zhang, Arjovsky and Bottou 2020.
@@ -31,11 +32,13 @@ class HamiltonianNetwork(TrajectoryModel):
 
     def __init__(
         self, *, degrees: int = 1, hidden: tuple[int, ...] = (128, 128), solver: Method | None = None,
-        controller: Controller | None = None, adjoint: Adjoint | CheckpointAdjoint | None = None, rtol: float = 1e-4,
+        controller: Controller | None = None, adjoint: AnyAdjoint | None = None, rtol: float = 1e-4,
         atol: float = 1e-4, max_steps: int = 100_000,
     ) -> None:  # fmt: skip
         solver = Yoshida4() if solver is None else solver
         controller = ConstantController(dt=0.1) if controller is None else controller
+        if adjoint is None and isinstance(solver, ReversibleMethod):
+            adjoint = ReversibleAdjoint()
         super().__init__(degrees, solver, controller, adjoint, rtol, atol, max_steps)
         self.kinetic, self.potential = ScalarMLP(degrees, hidden), ScalarMLP(degrees, hidden)
 

@@ -9,10 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ...solvers.ode import CheckpointAdjoint, Controller, Method, PIDController, Tsit5
-from ...solvers.ode.adjoint import Adjoint
+from ...solvers.ode import Controller, Method, PIDController, Tsit5
 from ..registry import register_model
-from .trajectory import TrajectoryModel
+from .trajectory import AnyAdjoint, TrajectoryModel
 
 
 def perceptron(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
@@ -31,14 +30,14 @@ class UnstructuredODE(TrajectoryModel):
     Args:
         degrees: of freedom.
         hidden: widths of the hidden layers.
-        solver, controller, adjoint, rtol, atol, max_steps: of `solve_ode`.
+        solver, controller, adjoint, rtol, atol, max_steps: as of `TrajectoryModel`.
 
     Source: Chen et al. 2018; the baseline of Greydanus, Dzamba and Yosinski 2019.
     """
 
     def __init__(
         self, *, degrees: int = 1, hidden: tuple[int, ...] = (200, 200), solver: Method | None = None,
-        controller: Controller | None = None, adjoint: Adjoint | CheckpointAdjoint | None = None, rtol: float = 1e-4,
+        controller: Controller | None = None, adjoint: AnyAdjoint | None = None, rtol: float = 1e-4,
         atol: float = 1e-4, max_steps: int = 100_000,
     ) -> None:  # fmt: skip
         solver = Tsit5() if solver is None else solver

@@ -8,12 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ...solvers.ode import CheckpointAdjoint, Controller, Method, PIDController, Tsit5
-from ...solvers.ode.adjoint import Adjoint
+from ...solvers.ode import Controller, Method, PIDController, Tsit5
 from ...solvers.options import check_integer, check_real
 from ..registry import register_model
 from .perceptron import perceptron
-from .trajectory import TrajectoryModel
+from .trajectory import AnyAdjoint, TrajectoryModel
 
 
 class SecondOrderODE(TrajectoryModel):
@@ -28,7 +27,7 @@ class SecondOrderODE(TrajectoryModel):
         hidden: widths of the hidden layers of the acceleration.
         encoder: widths of the hidden layers of the perceptron that reads them.
         mass: from velocities to momenta.
-        solver, controller, adjoint, rtol, atol, max_steps: of `solve_ode`.
+        solver, controller, adjoint, rtol, atol, max_steps: as of `TrajectoryModel`.
 
     Raises:
         ValueError: the context is below two positions, which no velocity can be read off; the mass is not positive.
@@ -42,7 +41,7 @@ class SecondOrderODE(TrajectoryModel):
     def __init__(
         self, *, degrees: int = 1, context: int = 5, hidden: tuple[int, ...] = (128, 128),
         encoder: tuple[int, ...] = (64,), mass: float = 1.0, solver: Method | None = None,
-        controller: Controller | None = None, adjoint: Adjoint | CheckpointAdjoint | None = None, rtol: float = 1e-4,
+        controller: Controller | None = None, adjoint: AnyAdjoint | None = None, rtol: float = 1e-4,
         atol: float = 1e-4, max_steps: int = 100_000,
     ) -> None:  # fmt: skip
         solver = Tsit5() if solver is None else solver

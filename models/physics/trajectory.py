@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ...solvers.ode import CheckpointAdjoint, Controller, Method, ODESolution, solve_ode
+from ...solvers.ode import CheckpointAdjoint, Controller, Method, ODESolution, ReversibleAdjoint, solve_ode
 from ...solvers.ode.adjoint import Adjoint
 from ...solvers.options import check_integer
 
 Times = Tensor | Sequence[float]
+AnyAdjoint = Adjoint | CheckpointAdjoint | ReversibleAdjoint
 
 
 class TrajectoryModel(nn.Module, abc.ABC):
@@ -22,7 +23,8 @@ class TrajectoryModel(nn.Module, abc.ABC):
 
     Args:
         degrees: of freedom: how many positions there are, and as many momenta.
-        solver, controller, adjoint, rtol, atol, max_steps: of `solve_ode`.
+        solver, controller, rtol, atol, max_steps: of `solve_ode`.
+        adjoint: likewise; None takes `CheckpointAdjoint(recursive=True)`, whose memory hardly grows with the steps.
 
     Attributes:
         sees_momenta: whether momenta are seen and learnt from; else they follow from the positions alone.
@@ -33,13 +35,13 @@ class TrajectoryModel(nn.Module, abc.ABC):
     context = 1
 
     def __init__(
-        self, degrees: int, solver: Method, controller: Controller, adjoint: Adjoint | CheckpointAdjoint | None,
+        self, degrees: int, solver: Method, controller: Controller, adjoint: AnyAdjoint | None,
         rtol: float, atol: float, max_steps: int,
     ) -> None:  # fmt: skip
         super().__init__()
         self.degrees = check_integer(f"{type(self).__name__}: ", "degrees", degrees)
         self.solver, self.controller = solver, controller
-        self.adjoint = CheckpointAdjoint() if adjoint is None else adjoint
+        self.adjoint: AnyAdjoint = CheckpointAdjoint(recursive=True) if adjoint is None else adjoint
         self.rtol, self.atol, self.max_steps = rtol, atol, max_steps
 
     @abc.abstractmethod

@@ -61,7 +61,8 @@ class NeuralCDE(nn.Module):
         solver: an integrator of `restpoint.solvers.ode`; RK4() by default, as in the paper.
         controller: of its steps, whose unit is the interval between two points of time; one step an interval by
             default. Where the path bends a step ends and another begins, whatever the controller.
-        adjoint: how the trajectory is differentiated.
+        adjoint: how the trajectory is differentiated; None takes `CheckpointAdjoint(recursive=True)`, whose memory
+            hardly grows with the steps.
         rtol, atol: tolerances of an adaptive controller.
         max_steps: budget of steps.
 
@@ -100,7 +101,7 @@ class NeuralCDE(nn.Module):
         self.head = nn.Linear(hidden, num_classes)
         self.solver = RK4() if solver is None else solver
         self.controller = ConstantController(dt=1.0) if controller is None else controller
-        self.adjoint = CheckpointAdjoint() if adjoint is None else adjoint
+        self.adjoint = CheckpointAdjoint(recursive=True) if adjoint is None else adjoint
         self.rtol, self.atol, self.max_steps = rtol, atol, max_steps
 
     def path(

@@ -38,7 +38,7 @@ class LatentODE(nn.Module):
         noise: standard deviation of an observation.
         solver, controller, rtol, atol, max_steps: of the decoder's trajectory; Dopri5() with adaptive steps.
         encoder_solver, encoder_controller: of each interval of the encoder; as of `ODERNN`.
-        adjoint: of both.
+        adjoint: of both; None takes `CheckpointAdjoint(recursive=True)`, whose memory hardly grows with the steps.
 
     Source: Rubanova, Chen and Duvenaud 2019, Latent ODEs for irregularly-sampled time series, section 3.2; sizes
     from its appendix on PhysioNet.
@@ -79,7 +79,7 @@ class LatentODE(nn.Module):
         self.classifier = tanh_layers(latent, width, 2, num_classes)
         self.solver = Dopri5() if solver is None else solver
         self.controller = PIDController() if controller is None else controller
-        self.adjoint = CheckpointAdjoint() if adjoint is None else adjoint
+        self.adjoint = CheckpointAdjoint(recursive=True) if adjoint is None else adjoint
         self.rtol, self.atol, self.max_steps = rtol, atol, max_steps
 
     def posterior(

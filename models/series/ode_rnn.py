@@ -37,7 +37,8 @@ class ODERNN(nn.Module):
         span: so long is a unit of time of the field.
         solver: of each interval; Euler(), as in the paper.
         controller: of its steps, an interval being of length 1; one step by default.
-        adjoint: how each interval's solve is differentiated.
+        adjoint: how each interval's solve is differentiated; None takes `CheckpointAdjoint(recursive=True)`, whose
+            memory hardly grows with the steps.
         rtol, atol: tolerances of an adaptive controller.
 
     Source: Rubanova, Chen and Duvenaud 2019, Latent ODEs for irregularly-sampled time series, algorithm 1.
@@ -63,7 +64,7 @@ class ODERNN(nn.Module):
         self.unit = nn.GRUCell(2 * variables, hidden)
         self.solver = Euler() if solver is None else solver
         self.controller = ConstantController(dt=1.0) if controller is None else controller
-        self.adjoint = CheckpointAdjoint() if adjoint is None else adjoint
+        self.adjoint = CheckpointAdjoint(recursive=True) if adjoint is None else adjoint
         self.rtol, self.atol = rtol, atol
 
     def forward(
