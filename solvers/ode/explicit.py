@@ -306,7 +306,10 @@ class RK4(ExplicitRungeKutta):
 
 @options
 class Heun(ExplicitRungeKutta):
-    """Heun's method, order 2, with Euler's embedded; two evaluations. For rough right-hand sides."""
+    """Heun's method, order 2, with Euler's embedded; two evaluations. For rough right-hand sides.
+
+    It has no two stages at one time by which its steps could be bounded by stability; step control alone bounds them.
+    """
 
     tableau = tableaus.HEUN
 
@@ -314,6 +317,8 @@ class Heun(ExplicitRungeKutta):
 @options
 class Bosh3(ExplicitRungeKutta):
     """The pair of Bogacki and Shampine: order 3(2), three evaluations. For low accuracy.
+
+    It has no two stages at one time by which its steps could be bounded by stability; step control alone bounds them.
 
     Source: Bogacki and Shampine 1989, "A 3(2) pair of Runge-Kutta formulas".
     """

@@ -50,7 +50,7 @@ def expected():
 
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("controller", [PIDController, IController])
-@pytest.mark.parametrize("solver", [Dopri5(), Tsit5(), Dopri8()], ids=repr)
+@pytest.mark.parametrize("solver", [Dopri5(), Tsit5(), Dopri8(), Bosh3()], ids=repr)
 def test_gradients_of_a_rather_stiff_problem(solver, controller, per_sample, expected):
     """Hundreds of steps at the limit of stability."""
     stats, found = gradients(solver, controller(per_sample=per_sample), CheckpointAdjoint(), 1e-6)
@@ -59,6 +59,16 @@ def test_gradients_of_a_rather_stiff_problem(solver, controller, per_sample, exp
         # Hardly a step of the stiff one is rejected, though stability is all that bounds it.
         assert int(stats.accepted[1]) > 100
         assert int(stats.rejected[1]) < 0.05 * int(stats.accepted[1])
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("controller", [PIDController, IController])
+def test_heun_needs_no_bound(controller, per_sample, expected):
+    """Nor does Bosh3 above: neither has two stages at one time, by which steps are bounded."""
+    assert Heun().tableau.twins is None
+    assert Bosh3().tableau.twins is None
+    _, found = gradients(Heun(), controller(per_sample=per_sample), CheckpointAdjoint(), 1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
 
 
 def test_inside_torch_func(expected):
