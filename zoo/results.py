@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from ..solvers.diagnose import peak_memory
 from .cards import Card
 from .factory import create_model
-from .steps import forced_steps
+from .steps import forced_steps, seen_spans
 from .watch import watched
 
 # What a user does with a model, on one batch.
@@ -39,9 +39,9 @@ class Result:
         milliseconds: of processor time per sample of a batch without gradients, on one thread.
         memory: peak of the same in MiB, beyond model and inputs; for the whole batch.
         memory_backward: peak of forward and backward pass in MiB, for the whole batch.
-        memory_growth: what that peak is multiplied by when every solve takes 32 steps instead of 16: about 1 where
-            training keeps nothing of a solve's steps, up to 2 where it keeps them all, as it does of small states;
-            None for models without a solve that can be told how long to be.
+        memory_growth: what that peak is multiplied by when every solve takes 64 steps instead of 16: about 1 where
+            training keeps nothing of a solve's steps, 2 for their square root, up to 4 where it keeps them all; None
+            for models without a solve that can be told how long to be.
         checkpoint: size of the file of weights in KiB.
     """
 
@@ -125,10 +125,12 @@ def _peak_backward(model: nn.Module, batch: Any, use: Use) -> int:
 
 
 def _growth(model: nn.Module, batch: Any, use: Use) -> float | None:
-    """The peak of forward and backward with solves of twice as many steps, over that with so many."""
+    """The peak of forward and backward with solves of four times as many steps, over that with so many."""
+    with torch.no_grad():
+        spans = seen_spans(model, lambda: use(model, batch))
     peaks = []
-    for steps in (STEPS, 2 * STEPS):
-        with forced_steps(model, steps) as solves:
+    for steps in (STEPS, 4 * STEPS):
+        with forced_steps(model, steps, spans) as solves:
             if not solves:
                 return None
             peaks.append(_peak_backward(model, batch, use))
