@@ -97,3 +97,39 @@ def test_two_processes_are_one_and_go_on_where_the_other_stopped(tmp_path, caplo
         metrics = train(config(tmp_path / "interrupted", resume=True))
     assert "resumed at epoch 2, step 6" in caplog.text
     assert metrics["converged"] > 0
+
+
+def run_sharded(folder, *options, kill_after=None):
+    """Two processes by the command, all of them killed when so many steps were logged; the exit status."""
+    small = ["--model.arguments.channels=4", "--model.arguments.groups=2", "--model.arguments.stem-channels=[4]"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command += [
+        "restpoint.train",
+        "--parallel=fsdp",
+        "--resume=auto",
+        "--ema=0.9",
+        "--epochs=6",
+        "--log-every=1",
+        *small,
+    ]
+    command += ["--data.validation=1000", "--data.batch-size=20", f"--output={folder}", *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as launcher:
+        steps = 0
+        for line in launcher.stderr:
+            steps += " step " in line and "loss" in line
+            if kill_after is not None and steps > kill_after:
+                children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+                for process in (launcher.pid, *map(int, children)):
+                    os.kill(process, signal.SIGKILL)
+                break
+    return launcher.returncode
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks Linux for a process's children")
+def test_sharded_runs_that_are_killed_end_with_the_weights_of_one_that_is_not(tmp_path):
+    assert run_sharded(tmp_path / "whole") == 0
+    for after in (8, 3, 11, 0, 6):
+        assert run_sharded(tmp_path / "parts", "--checkpoint-every=1", kill_after=after) == -signal.SIGKILL
+    assert run_sharded(tmp_path / "parts", "--checkpoint-every=1") == 0
+    assert (tmp_path / "parts" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
