@@ -59,10 +59,11 @@ def split_batches(config: Config, source: AnySource, device: str = "cpu") -> tup
 
 def _cut(source: Any, length: int | None) -> Any:
     """Data whose training pieces are `length` long, where they are cut into pieces and a length is asked for."""
-    if length is None or not isinstance(source, TextSource | TrajectorySource):
-        return source
-    piece = "length" if isinstance(source, TextSource) else "piece"
-    return dataclasses.replace(source, **{piece: length})
+    if length is not None and isinstance(source, TextSource):
+        return dataclasses.replace(source, length=length)
+    if length is not None and isinstance(source, TrajectorySource):
+        return dataclasses.replace(source, piece=length)
+    return source
 
 
 def _carve(source: Any, count: int) -> tuple[Any, Any]:

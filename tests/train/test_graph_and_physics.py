@@ -13,6 +13,7 @@ from restpoint.train.data.physics import HORIZONS, SEEN, Pendulum, TwoBodies
 from restpoint.train.evaluate import evaluate_model
 from restpoint.train.loop import train
 from restpoint.train.picture import draw_picture, to_png
+from restpoint.train.split import split_batches
 from restpoint.train.tasks import NodeClassification, TrajectoryRegression
 from restpoint.zoo import Card, create_model
 
@@ -122,6 +123,16 @@ def test_pieces_of_trajectories_are_a_function_of_seed_and_epoch():
     assert long.shape == (3, 44 * HORIZONS + 1, 2)
     with pytest.raises(DataError, match="26 trajectories to choose by wanted; there are 25"):
         source.batches(4, 10, 26, 0, "cpu")
+
+
+def test_a_recipe_may_ask_for_longer_pieces_of_trajectories():
+    source, lengths = load_data("pendulum"), []
+    for length in (None, 45):
+        config = Config(data=DataConfig(name="pendulum", batch_size=2, length=length))
+        training, measured = split_batches(config, source)
+        lengths.append(next(iter(training))[2].shape[1])
+        assert next(iter(measured))[2].shape[1] == HORIZONS * 44 + 1
+    assert lengths == [source.piece, 45]
 
 
 def test_the_truth_has_no_error():

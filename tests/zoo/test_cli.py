@@ -204,8 +204,8 @@ def test_results_are_measured(capsys):
         assert row["evaluations"] > 1
         assert row["milliseconds"] > 0
         assert 0 < row["memory"] < row["memory_backward"]
-    assert rows[0]["memory_growth"] == pytest.approx(1, abs=0.05)
-    assert rows[1]["memory_growth"] > 1  # a trajectory of two small states is kept
+    for row in rows:
+        assert row["memory_growth"] == pytest.approx(1, abs=0.1)
 
 
 def test_results_of_data_that_are_not_here_say_so(tiny, capsys):
