@@ -198,3 +198,19 @@ class TestEventsInsideFunc:
         for transform in (torch.func.grad, torch.func.jacfwd, torch.func.hessian):
             got, want = (transform(f, (0, 1))(height, level) for f in (found, exact))
             torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("controller", [PIDController(), PIDController(per_sample=True), ConstantController(dt=0.1)])
+def test_vmap_over_times_is_refused(controller):
+    """The way that works is named, and gives what single solves give."""
+    y0 = torch.tensor([[1.0, -0.5]], dtype=F64)
+    times = torch.tensor([[0.0, 0.5, 1.0], [0.0, 0.2, 2.0]], dtype=F64)
+
+    def solve(y, t):
+        return solve_ode(lambda t, y: torch.sin(y), y, t, controller=controller, rtol=1e-9, atol=1e-9).value
+
+    with pytest.raises(ValueError, match=r"times that vmap maps over are not supported; .* one tensor \(batch, T\)"):
+        torch.func.vmap(solve, (None, 0))(y0, times)
+    together = solve(y0.expand(2, -1), times)
+    for i, row in enumerate(times):
+        torch.testing.assert_close(together[:, i], solve(y0, row)[:, 0], rtol=1e-7, atol=1e-7)
