@@ -127,7 +127,7 @@ def draw(path: str) -> None:
         (trees, ["root", *words], "heads: marginals of projective trees"),
     )
     for axis, (shares, rows, title) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        picture = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        picture = axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
         axis.set_xticks(range(len(words)), words)
         axis.set_yticks(range(len(rows)), rows)
         axis.set_title(title, size=11)

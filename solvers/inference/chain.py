@@ -273,7 +273,7 @@ def _look_up(table: Tensor, observations: Tensor, lengths: Tensor | None) -> Ten
         )
     symbols = table.shape[1]
     wrong = (observations < 0) | (observations >= symbols)
-    lengths = checks.lengths(lengths, *observations.shape, observations)
+    lengths = checks.lengths(lengths, observations.shape[0], observations.shape[1], observations)
     if lengths is not None:
         wrong = wrong & (torch.arange(observations.shape[1], device=wrong.device) < lengths.unsqueeze(1))
     if bool(wrong.any()):

@@ -14,6 +14,7 @@ from restpoint.solvers.inference import (
     LinearChain,
     belief_propagation,
 )
+from tests.systems.test_examples import load
 
 D = torch.float64
 
@@ -110,6 +111,14 @@ class TestStructuredAttention:
             losses.append(float(loss.detach()))
         assert losses[-1] < 0.3 < 1 < losses[0]
         assert weights.detach().mean(0)[1:].argmax(1).tolist() == [0, 1, 2, 3, 4]
+
+    def test_the_example_and_its_picture(self, tmp_path):
+        example = load("structured_attention")
+        errors = example.errors()
+        assert len(errors) == 5
+        assert all(error < 1e-12 for error in errors.values()), errors
+        example.draw(str(tmp_path / "marginals.png"))
+        assert (tmp_path / "marginals.png").stat().st_size > 10_000
 
 
 class TestExponentialFamilies:
