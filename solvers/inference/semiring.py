@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from ..transforms import recording_tangents, tangents_of_others
+from ..transforms import tangents_of_others
 
 
 class Semiring(abc.ABC):
@@ -189,8 +190,9 @@ class LogSumExp(torch.autograd.Function):
         """Keep what the weights are computed from."""
         x, ctx.dim = inputs
         ctx.save_for_backward(x, output)
-        # What is saved for forward mode is held whatever the hooks of checkpointing say.
-        if recording_tangents():
+        # What is saved for forward mode is held whatever the hooks of checkpointing say. In here tangents are switched
+        # off in any case: an open level says that they may come.
+        if forward_ad._current_level >= 0:
             ctx.save_for_forward(x, output)
 
     @staticmethod
