@@ -21,7 +21,8 @@ class BacksolveAdjoint(ContinuousAdjoint):
     backward solve. Choose `CheckpointAdjoint` where that happens.
 
     Attributes:
-        drift: how far the state may come off, in units of the backward tolerance.
+        drift: how far the state may come off, in units of the backward tolerance or, where that is coarser, of the
+            forward one, within which the state that it is compared with is known.
 
     Source: Chen et al. 2018, "Neural ordinary differential equations"; the norm after Kidger, Chen and Lyons 2021,
     "Hey, that's not an ODE".
@@ -43,7 +44,8 @@ class _Backsolve(ContinuousSolve):
     def settle(self, found: Tensor, expected: Tensor, tolerance: Tolerance) -> Tensor:
         """Compare the state with what it was on the way there."""
         size = expected.shape[1]
-        drift = tolerance.sample_ratio(found[:, :size] - expected, tolerance.scale(expected))
+        scale = torch.maximum(tolerance.scale(expected), self.problem.tolerance.scale(expected))
+        drift = tolerance.sample_ratio(found[:, :size] - expected, scale)
         worst = float(drift.max())
         if not worst <= self.knobs.drift:
             raise Refused(

@@ -225,7 +225,7 @@ def controlled_columns(spec: StateSpec, quadrature: Sequence[int | str]) -> Tens
 
 def _check_knobs(solver: Method, controller: Controller, rtol: float, atol: float, args: object) -> None:
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if not isinstance(value, (numbers.Real, Tensor)):
+        if not isinstance(value, (numbers.Real, Tensor)) or (isinstance(value, Tensor) and value.numel() != 1):
             raise TypeError(f"{name} must be a number; got {value!r}.")
     if not (0 <= rtol < math.inf and 0 <= atol < math.inf and rtol + atol > 0):
         raise ValueError(f"rtol and atol must not be negative, nor both zero; got rtol={rtol}, atol={atol}.")

@@ -310,6 +310,25 @@ def test_a_backward_solve_may_take_many_more_steps_than_the_forward_one(per_samp
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
 
 
+@PER_SAMPLE
+def test_a_backward_solve_may_be_tighter_than_the_forward_one(per_sample):
+    """The state on the way back then comes off by the error of the way there."""
+    weight = torch.tensor([[0.4, -1.0], [1.0, 0.3]], dtype=F64, requires_grad=True)
+    y0 = torch.tensor([[1.0, 0.5], [0.3, -0.2]], dtype=F64, requires_grad=True)
+    adjoint = BacksolveAdjoint(solver=Dopri8(), rtol=1e-11, atol=1e-11, fallback=False)
+    found = []
+    for options in ({"rtol": 1e-4, "atol": 1e-4, "adjoint": adjoint}, {"rtol": 1e-9, "atol": 1e-9}):
+        solution = solve_ode(
+            lambda t, y: torch.sin(y @ weight),
+            y0,
+            (0.0, 3.0),
+            controller=PIDController(per_sample=per_sample),
+            **options,
+        )
+        found.append(torch.autograd.grad(solution.value[-1].square().sum(), [y0, weight]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-2, atol=1e-3)
+
+
 def test_statistics_of_the_backward_pass():
     y0 = torch.ones(2, 1, dtype=F64, requires_grad=True)
     solution = solve_ode(lambda t, y: -y, y0, (0.0, 1.0), adjoint=CheckpointAdjoint(segments=2))
