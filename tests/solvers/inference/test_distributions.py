@@ -210,6 +210,25 @@ def test_transforms(case):
         torch.testing.assert_close(actual, e, **EXACT)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
+def test_forward_mode(case):
+    """Derivatives along a direction, of values and of derivatives, and of recursions that keep few of their steps."""
+    parts, tangents = case.parts(0.7), case.parts(seed=4)
+
+    def f(*parts):
+        d = case.distribution(parts)
+        return d.log_partition.sum() + d.checkpointed().entropy.sum()
+
+    taped = tuple(p.clone().requires_grad_() for p in parts)
+    first = torch.autograd.grad(f(*taped), taped, create_graph=True, materialize_grads=True)
+    slope = sum((g * t).sum() for g, t in zip(first, tangents, strict=True))
+    torch.testing.assert_close(torch.func.jvp(f, parts, tangents)[1], slope.detach(), rtol=1e-10, atol=1e-11)
+    second = torch.autograd.grad(slope, taped, materialize_grads=True, allow_unused=True)
+    gradient = torch.func.grad(f, tuple(range(len(parts))))
+    for a, b in zip(torch.func.jvp(gradient, parts, tangents)[1], second, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
 def test_padding_is_never_looked_at(case):
     if len(set(case.lengths)) == 1:
         return
