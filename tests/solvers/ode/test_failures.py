@@ -460,6 +460,7 @@ class TestKnobs:
     @pytest.mark.parametrize(
         "options, message",
         [
+            ({"rtol": torch.tensor([1e-3, 1e-4])}, "rtol must be a number"),
             ({"solver": "tsit5"}, r"solver must be one of .*Did you mean 'Tsit5'"),
             ({"solver": Dopri5}, r"write solver=Dopri5\(\)"),
             ({"solver": "tsit5"}, r"Dopri8\(\), Euler\(\), Heun\(\), ImplicitEuler\(\), Kvaerno3"),
