@@ -47,6 +47,7 @@ EXTRAS = {
         "entmax>=1.3",
         "jax>=0.4.30",
         "proxsuite>=0.7",
+        "torch-struct>=0.5",
         "torchdeq>=0.1",
         "torchdyn>=1.0.6",
         "torchode>=1.0",

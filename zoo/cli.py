@@ -29,7 +29,8 @@ from .write import Written, continue_texts
 
 PAGE = """# Results
 
-Made by `restpoint results --markdown --batch {batch} --data-dir DATA_DIR`; `--csv` gives [the same](results.csv).
+Made by `restpoint results --write docs --batch {batch} --data-dir DATA_DIR`, as the [CSV](results.csv) of the same
+measurement.
 
 - `value` is the model's metric on its test data, as its card says; `published` is what the literature reports.
 - `evaluations` of the cell or field are the mean per sample.
@@ -147,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         "results",
         _results,
         "tabulate what pretrained models reach and cost, measured on this machine",
-        "restpoint results --data-dir ~/data --markdown > results.md",
+        "restpoint results --data-dir ~/data --write docs",
     )
     sub.add_argument("filter", nargs="*", default=["*"], help="patterns such as 'deq*' or '*.mnist'; one must match")
     sub.add_argument("--data-dir", help="where the data sets lie; without them time and memory stay empty")
@@ -155,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     form = sub.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="print a page of Markdown instead")
     form.add_argument("--csv", action="store_true", help="print CSV instead, numbers in full")
+    form.add_argument("--write", type=Path, metavar="DIR", help="write both to DIR, results.md and results.csv")
 
     for name, summary in (
         ("demo", "classify handwritten digits and draw how"),
@@ -328,6 +330,10 @@ def _results(options: argparse.Namespace) -> int:
         print(comma_separated(rows), end="")
     elif options.markdown:
         print(PAGE.format(batch=options.batch) + markdown(rows), end="")
+    elif options.write:
+        options.write.mkdir(parents=True, exist_ok=True)
+        (options.write / "results.md").write_text(PAGE.format(batch=options.batch) + markdown(rows), encoding="utf-8")
+        (options.write / "results.csv").write_text(comma_separated(rows), encoding="utf-8")
     else:
         print(table(rows))
     return 0

@@ -78,7 +78,7 @@ def test_a_metric_of_the_card_is_that_of_the_weights(name, home):
 
 def test_the_page_of_results_is_that_of_the_cards(home):
     docs = PACKAGE_CHECKPOINTS.parent / "docs"
-    remedy = "make docs/results.md and results.csv anew: restpoint results --data-dir DATA_DIR --markdown, --csv"
+    remedy = "make docs/results.md and results.csv anew: restpoint results --data-dir DATA_DIR --batch 16 --write docs"
     rows = {row["model"]: row for row in csv.DictReader((docs / "results.csv").read_text().splitlines())}
     assert rows.keys() == set(NAMES), remedy
     page = (docs / "results.md").read_text()

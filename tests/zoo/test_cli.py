@@ -208,7 +208,7 @@ def test_results_are_measured(capsys):
         assert row["memory_growth"] == pytest.approx(1, abs=0.1)
 
 
-def test_results_of_data_that_are_not_here_say_so(tiny, capsys):
+def test_results_of_data_that_are_not_here_say_so(tiny, capsys, tmp_path):
     status, out, err = run(capsys, "results", "trial_tiny.ones", "--json")
     assert status == 0
     assert "trial_tiny.ones is not measured: There is no data set 'noise'" in err
@@ -218,6 +218,11 @@ def test_results_of_data_that_are_not_here_say_so(tiny, capsys):
         _, out, _ = run(capsys, "results", "trial_tiny.ones", form)
         assert out.startswith(start)
         assert "trial_tiny.ones" in out
+    status, out, _ = run(capsys, "results", "trial_tiny.ones", "--batch=8", "--write", str(tmp_path / "docs"))
+    assert (status, out) == (0, "")
+    assert (tmp_path / "docs" / "results.csv").read_text().startswith("model,data,parameters,")
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert page.startswith("# Results") and "--batch 8" in page and "| trial_tiny.ones |" in page
     status, out, err = run(capsys, "results", "none*")
     assert (status, out) == (1, "")
     assert "no pretrained model matches none*" in err
