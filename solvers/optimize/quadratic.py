@@ -14,7 +14,7 @@ from ..solution import Solution, Stats
 from ..transforms import all_true, any_true, autocast_to, not_compiled
 from .central_path import CentralPath
 from .interior_point import InteriorPoint
-from .quadratic_attach import saddle_solve
+from .quadratic_attach import objective_at, saddle_solve
 from .quadratic_find import Optimum, Request, find
 from .quadratic_inputs import Inputs, check_inputs
 from .quadratic_kkt import times
@@ -168,7 +168,10 @@ def _solve(inputs: Inputs, request: Request, start: Solution[Tensor] | None) -> 
             C = torch.where(lost[:, None, None], 0.0, C)
         q, d = torch.where(lost[:, None], 0.0, q), torch.where(lost[:, None], 0.0, d)
     x, v = _attach(Q, q, C, d, m, found, lost)
-    objective = (x * (times(Q, x) / 2 + q)).sum(1)
+    proved = found.proved | lost
+    objective = objective_at(x, v, Q, q, C, d)
+    if not all_true(proved):
+        objective = torch.where(proved, objective, (x * (times(Q, x) / 2 + q)).sum(1))
     slack = (d - times(C, x))[:, :m]
     if some_lost:
         x, v, slack = (torch.where(lost[:, None], math.nan, t) for t in (x, v, slack))

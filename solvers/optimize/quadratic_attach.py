@@ -122,6 +122,56 @@ class _SaddleSolve(torch.autograd.Function):
         return (u.reshape(*shape, -1), v.reshape(*shape, v.shape[1])), (0, 0)
 
 
+class _Objective(torch.autograd.Function):
+    """The objective at (x, v), whose first derivatives are those of the Lagrangian at a fixed optimum.
+
+    Through x itself they would be those of multipliers that may have a wrong sign, where more rows hold as equations
+    than there are dimensions, and so of no direction at all. x and v matter to second derivatives only.
+
+    Source: Bertsimas and Tsitsiklis 1997, theorem 5.2 (a dual optimum is a subgradient of the optimal cost).
+    """
+
+    @staticmethod
+    def forward(x: Tensor, v: Tensor, Q: Tensor, q: Tensor, C: Tensor, d: Tensor) -> Tensor:
+        value: Tensor = (x * (times(Q, x) / 2 + q)).sum(1)
+        return value
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, v, Q, _, C, _ = inputs
+        ctx.ranks = Q.ndim, C.ndim
+        ctx.save_for_backward(x, v)
+        ctx.save_for_forward(x, v)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, v = ctx.saved_tensors
+        size, needs = grads[0].unsqueeze(1), ctx.needs_input_grad
+        on_Q = _outer(size * x, x, ctx.ranks[0]) / 2 if needs[2] else None
+        on_C = _outer(size * v, x, ctx.ranks[1]) if needs[4] else None
+        return None, None, on_Q, size * x, on_C, -size * v
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        _, _, dQ, dq, dC, dd = tangents
+        with tangents_of_others(*ctx.saved_tensors) as (x, v):
+            moved = torch.zeros_like(x[:, 0])
+            if dQ is not None:
+                moved = moved + (x * times(dQ, x)).sum(1) / 2
+            if dq is not None:
+                moved = moved + (x * dq).sum(1)
+            if dC is not None:
+                moved = moved + (v * times(dC, x)).sum(1)
+            if dd is not None:
+                moved = moved - (v * dd).sum(1)
+            return moved
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        value = _Objective.apply(*fold(args, dims, (2, 2, 3, 2, 3, 2), info.batch_size))
+        return value.reshape(info.batch_size, -1), 0
+
+
 def _outer(a: Tensor, b: Tensor, rank: int) -> Tensor:
     """a b' of every sample, or their sum where the matrix is shared."""
     return a.mT @ b if rank == 2 else a.unsqueeze(2) * b.unsqueeze(1)
@@ -136,3 +186,4 @@ def saddle_factor(Q: Tensor, C: Tensor, W: Tensor, rows: Tensor, objective: Tens
 
 
 saddle_solve = _SaddleSolve.apply
+objective_at = _Objective.apply

@@ -229,3 +229,16 @@ def test_small_integers_make_every_kind_of_degenerate_quadratic_programme(seed):
     assert ((q[~ended] * rays).sum(1) < -1e-8).all()
     problem = (Q, q, G, h, torch.zeros(20, 0, n, dtype=D), torch.zeros(20, 0, dtype=D))
     assert (violation(problem, solution)[ended] < 1e-9).all()
+
+
+def test_slopes_of_a_degenerate_optimum_are_a_dual_optimum():
+    """Three bounds meet in the plane: multipliers that are least, but of a wrong sign, would be no slope at all."""
+    c = torch.tensor([-1.0, 0.0], dtype=D)
+    # x <= 1, y <= 1, x + y <= 2, x - 3 y <= -2: all four meet in (1, 1).
+    G = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, -3.0], [-1.0, 0.0], [0.0, -1.0]], dtype=D)
+    h = torch.tensor([[1.0, 1.0, 2.0, -2.0, 5.0, 5.0]], dtype=D, requires_grad=True)
+    solution = linear_program(c, G, h)
+    (slope,) = torch.autograd.grad(-solution.objective.sum(), h)
+    assert (slope >= 0).all()
+    torch.testing.assert_close(slope @ G, -c[None], rtol=0, atol=1e-9)
+    torch.testing.assert_close(slope, solution.duals.inequality.detach(), rtol=0, atol=1e-12)

@@ -269,3 +269,17 @@ def test_a_linear_objective_is_no_reason_to_fail():
     c, G, h, A, b = linear(5, 6, 12, 2)
     solution = quadratic_program(torch.zeros(6, 6, dtype=D), c, G, h, A, b)
     assert violation((torch.zeros(5, 6, 6, dtype=D), c, G, h, A, b), solution).max() < 1e-11
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_derivatives_of_the_objective(shared):
+    """Its first derivatives are those of the Lagrangian; the second ones feel how x and its multipliers move."""
+    factor, q, G, h, A, b = quadratic(3, 4, 3, 1, seed=4)
+    factor, G, A = (t[0] if shared else t for t in (factor, G, A))
+    given = [t.clone().requires_grad_() for t in (factor, q, G, h, A, b)]
+
+    def objective(factor, q, G, h, A, b):
+        return quadratic_program(factor @ factor.mT + torch.eye(4, dtype=D), q, G, h, A, b).objective
+
+    assert gradcheck(objective, given, fast_mode=True, check_forward_ad=True)
+    assert gradgradcheck(objective, given, fast_mode=True, check_fwd_over_rev=True)
