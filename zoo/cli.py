@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from .. import __version__
@@ -291,8 +292,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(results, indent=2))
     else:
-        said = load_card(options.name).metrics
-        print(table([{"metric": key, "value": value, "card": said.get(key)} for key, value in results.items()]))
+        card = load_card(options.name)
+        print(table([{"metric": key, "value": value, "card": card.metrics.get(key)} for key, value in results.items()]))
+        if card.torch != torch.__version__:
+            print(f"The card's figures are of torch {card.torch}; this is {torch.__version__}.", file=sys.stderr)
     return 0
 
 
