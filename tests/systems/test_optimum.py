@@ -137,14 +137,34 @@ class TestGeneralConvexLayers:
             cvxpy.Minimize(cvxpy.sum_squares(x - target[0].numpy()) / 2 + cvxpy.norm1(x)), [G.numpy() @ x <= h.numpy()]
         )
         problem.solve(solver="CLARABEL", tol_gap_abs=1e-12, tol_gap_rel=1e-12, tol_feas=1e-12)
-        # |x|_1 through bounds t >= x, t >= -x.
+        ours = self.lasso_in_a_polytope(target, G, h)
+        np.testing.assert_allclose(ours[0].detach(), x.value, atol=1e-7)
+
+    @staticmethod
+    def lasso_in_a_polytope(target, G, h):
+        """argmin |x - target|^2 / 2 + |x|_1 subject to Gx <= h, with |x|_1 through bounds t >= x, t >= -x."""
+        n, m, batch = target.shape[1], len(G), len(target)
         eye = torch.eye(n, dtype=D)
         Q = torch.block_diag(eye, torch.zeros(n, n, dtype=D))
-        q = torch.cat([-target, torch.ones(1, n, dtype=D)], 1)
-        rows = torch.cat([torch.cat([G, torch.zeros(6, n, dtype=D)], 1), torch.cat([eye, -eye], 1),
+        q = torch.cat([-target, torch.ones(batch, n, dtype=D)], 1)
+        rows = torch.cat([torch.cat([G, torch.zeros(m, n, dtype=D)], 1), torch.cat([eye, -eye], 1),
                           torch.cat([-eye, -eye], 1)])  # fmt: skip
-        ours = quadratic_program(Q, q, rows, torch.cat([h, torch.zeros(2 * n, dtype=D)]))
-        np.testing.assert_allclose(ours.value[0, :n], x.value, atol=1e-7)
+        return quadratic_program(Q, q, rows, torch.cat([h, torch.zeros(2 * n, dtype=D)])).value[:, :n]
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_a_layer_agrees_with_cvxpylayers_at_tight_settings(self):
+        """At its default settings it stops far earlier."""
+        cvxpy, layers = pytest.importorskip("cvxpy"), pytest.importorskip("cvxpylayers.torch")
+        target, G, h = random(3, 5).requires_grad_(), random(6, 5, seed=1), 0.3 + random(6, seed=2).abs()
+        x, parameter = cvxpy.Variable(5), cvxpy.Parameter(5)
+        objective = cvxpy.Minimize(cvxpy.sum_squares(x - parameter) / 2 + cvxpy.norm1(x))
+        problem = cvxpy.Problem(objective, [G.numpy() @ x <= h.numpy()])
+        layer = layers.CvxpyLayer(problem, parameters=[parameter], variables=[x])
+        (theirs,) = layer(target, solver_args={"eps": 1e-12, "max_iters": 100_000})
+        ours = self.lasso_in_a_polytope(target, G, h)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
+        grads = [torch.autograd.grad(value.square().sum(), target)[0] for value in (ours, theirs)]
+        torch.testing.assert_close(*grads, rtol=0, atol=1e-6)
 
     def test_projection_onto_the_second_order_cone(self):
         """A cone's projection as the root of its optimality conditions, against the closed form."""
