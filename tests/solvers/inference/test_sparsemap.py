@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from scipy import stats
 from torch.autograd import gradcheck, gradgradcheck
 
 from restpoint.solvers import SolverError, quadratic_program, sparsemax
@@ -247,8 +248,27 @@ class TestFactorGraphs:
                 torch.testing.assert_close(exact.marginals.variables[b, v, s], expected)
             torch.testing.assert_close(exact.log_prob(torch.tensor([CUBE[3]] * 2))[b], p[3].log())
         torch.testing.assert_close(exact.marginals.factors[1].flatten(2).sum(2), torch.ones(2, 1, dtype=D))
+
+    def test_samples_and_divergence(self):
+        scopes, tables = self.graph()
+        exact = Assignments(FactorGraph([2] * 4, scopes, tables))
+        other = [random(*t.shape, seed=9 + i) for i, t in enumerate(tables)]
+        divergence = exact.kl(Assignments(FactorGraph([2] * 4, scopes, other)))
         samples = exact.sample(4000, torch.Generator().manual_seed(0))
-        torch.testing.assert_close(samples.double().mean(0), exact.marginals.variables[..., 1], rtol=0, atol=0.04)
+        for b in range(2):
+            p, q = (
+                torch.stack([sum(t[b][tuple(x[v] for v in s)] for s, t in zip(scopes, ts)) for x in CUBE]).log_softmax(
+                    0
+                )
+                for ts in (tables, other)
+            )
+            torch.testing.assert_close(divergence[b], (p.exp() * (p - q)).sum(), rtol=1e-12, atol=1e-13)
+            drawn = torch.tensor([CUBE.index(tuple(row)) for row in samples[:, b].tolist()])
+            observed, expected = torch.bincount(drawn, minlength=len(CUBE)).double(), 4000 * p.exp()
+            rare = expected < 5
+            observed, expected = (torch.cat([x[~rare], x[rare].sum().reshape(1)]) for x in (observed, expected))
+            keep = expected > 0
+            assert stats.chisquare(observed[keep], expected[keep]).pvalue > 1e-3
 
     def test_trees_agree_with_belief_propagation(self):
         edges = [(0, 1), (1, 2), (1, 3), (3, 4)]
