@@ -38,7 +38,7 @@ CASES = {
     "ode_convnext": (lambda **how: create_model("test_ode_convnext", **how), lambda model: model(images(3, 16))),
     "ffjord": (lambda **how: create_model("ffjord_small", **how), lambda model: model.log_prob(torch.randn(64, 2))),
     "image_flow": (
-        lambda **how: create_model("test_image_flow", **how),
+        lambda **how: create_model("test_image_flow", divergence="rademacher", **how),
         lambda model: model.log_prob(torch.randn(16, 1, 4, 4)),
     ),
     "neural_cde": (lambda **how: create_model("test_neural_cde", **how), lambda model: model(*series())),
@@ -70,6 +70,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_training_takes_no_more_memory_for_more_steps(name):
     make, use = CASES[name]
@@ -80,7 +81,7 @@ def test_training_takes_no_more_memory_for_more_steps(name):
         return peak_memory(lambda: use(model).square().sum().backward())
 
     # Of four times as many steps; the square root would be 2.
-    assert peak(16) < 1.2 * peak(4)
+    assert peak(8) < 1.2 * peak(2)
 
 
 def test_symplectic_steps_are_undone_by_default_and_give_the_gradient_of_recorded_ones():
