@@ -63,6 +63,21 @@ def inside_vmap() -> bool:
     return _functorch.TransformType.Vmap in _levels()
 
 
+def solve_ex(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """As `torch.linalg.solve_ex`, for (batch, n, n) and (batch, n, k).
+
+    In torch 2.14 its derivative in forward mode, mapped over tangents inside a map over matrices, takes the factors of
+    other matrices; triangular solves do not.
+    """
+    if not inside_vmap():
+        solution, info = torch.linalg.solve_ex(matrix, right)
+        return solution, info
+    factors, pivots, info = torch.linalg.lu_factor_ex(matrix)
+    order, lower, upper = torch.lu_unpack(factors, pivots)
+    middle = torch.linalg.solve_triangular(lower, order.mT @ right, upper=False, unitriangular=True)
+    return torch.linalg.solve_triangular(upper, middle, upper=True), info
+
+
 def plain(tensor: Tensor) -> Tensor:
     """The value under every functorch wrapper; a vmapped tensor shows all its examples at once."""
     while _functorch.is_functorch_wrapped_tensor(tensor):

@@ -17,7 +17,7 @@ from ..fixed_point.problem import Problem, TooLargeError, operator_of_recording
 from ..linear import Auto, LinearOperator, LinearSolver
 from ..options import options, require
 from ..solution import AdjointWarning, Solution, SolverError, Stats, Status
-from ..transforms import any_true, autocast_to, derivative_levels, inside_transform, no_derivatives
+from ..transforms import any_true, autocast_to, derivative_levels, inside_transform, no_derivatives, solve_ex
 from ..tree import norms
 from .base import RestPointAdjoint, forward_level, refuse_batched
 from .coupling import coupled, doubtful, solve_jointly
@@ -132,7 +132,7 @@ def _attach_dense(problem: Problem, z: Tensor) -> Tensor:
     value = z
     for _ in range(max(derivative_levels(), 1) + 2):
         right = problem.residual(value).to(matrix.dtype).reshape(len(matrix), -1, 1)
-        step, info = torch.linalg.solve_ex(matrix, right)
+        step, info = solve_ex(matrix, right)
         step = step.reshape(z.shape).to(z.dtype)
         sound = torch.isfinite(step).all(dim=1, keepdim=True)
         if any_true((info != 0) & torch.isfinite(matrix).flatten(1).all(dim=1)):

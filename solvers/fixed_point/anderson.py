@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..options import check_integer, check_real, options
-from ..transforms import all_true, any_true
+from ..transforms import all_true, any_true, solve_ex
 from .method import Evaluated, FixedPointSolver, Proposal
 from .problem import Problem
 from .ring import Ring, bordered
@@ -208,5 +208,5 @@ class Anderson(FixedPointSolver):
 def _solve(matrix: Tensor, right: Tensor, scale: Tensor) -> Tensor:
     """Coefficients that sum to one, from those of the residuals scaled to length one."""
     # A singular system yields infinities or NaN, which the caller looks for.
-    y = torch.linalg.solve_ex(matrix, right.unsqueeze(2))[0].squeeze(2) * scale
+    y = solve_ex(matrix, right.unsqueeze(2))[0].squeeze(2) * scale
     return y / y.sum(dim=1, keepdim=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..options import check_integer, options
-from ..transforms import any_true
+from ..transforms import any_true, solve_ex
 from .method import Evaluated, FixedPointSolver, Proposal
 from .problem import Problem
 from .ring import Ring, bordered, dot
@@ -58,7 +58,7 @@ class InverseJacobian:
         eye = torch.eye(len(self), dtype=lower.dtype, device=lower.device)
         # Ordered by age the matrix is triangular with ones on its diagonal, so it is never singular.
         matrix = eye - (lower.mT if transposed else lower)
-        return torch.linalg.solve_ex(matrix, right.unsqueeze(2))[0].squeeze(2)
+        return solve_ex(matrix, right.unsqueeze(2))[0].squeeze(2)
 
     def append(self, w: Tensor, s: Tensor) -> InverseJacobian:
         """(I + w s^T) H, in place of the oldest factor where the memory is full."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..linear import Auto, LinearSolver
 from ..options import options, require
-from ..transforms import any_true, inside_transform, recording_tangents
+from ..transforms import any_true, inside_transform, recording_tangents, solve_ex
 from .method import Evaluated, FixedPointSolver, Proposal
 from .problem import Problem
 
@@ -100,7 +100,7 @@ class Newton(FixedPointSolver):
             matrix = problem.jacobian(at.z)
             # No half-precision factorisation exists.
             matrix = matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
-            step = torch.linalg.solve_ex(matrix, at.residual.to(matrix.dtype).unsqueeze(2))[0].squeeze(2)
+            step = solve_ex(matrix, at.residual.to(matrix.dtype).unsqueeze(2))[0].squeeze(2)
             return step.to(at.z.dtype), matrix.shape[1]
         operator = problem.linearize(at.z)
         solved = self.linear_solver.solve(operator, at.residual.to(operator.dtype))
