@@ -105,14 +105,14 @@ def test_from_files_to_a_tree(folder, tmp_path, monkeypatch, capsys):
     assert metrics["nll"] < 0.3
     model = create_model("biaffine_small.trial", pretrained=True)
     assert evaluate_model(model, folder)["nll"] == pytest.approx(metrics["nll"], rel=1e-4)
-    assert main(["predict", "biaffine_small.trial", "A dog sees the cat", "the dog"]) == 0
+    assert main(["predict", "biaffine_small.trial", "the dog sees a cat", "the dog"]) == 0
     first, second = capsys.readouterr().out.split("\n\n")
     assert [line.rsplit("  ", 1)[0] for line in first.splitlines()] == [
         "sees",
         "├─ dog",
-        "│  └─ A",
+        "│  └─ the",
         "└─ cat",
-        "   └─ the",
+        "   └─ a",
     ]
     assert second.startswith("dog  root ")
     assert main(["predict", "biaffine_small.trial", "--json", "a cat barks !"]) == 0

@@ -12,6 +12,14 @@ from restpoint.solvers.ode import compat
 LIBRARIES = (torchdiffeq, compat)
 
 
+@pytest.fixture(autouse=True)
+def double():
+    """Two step sequences meet in the solution itself: tight tolerances, and numbers that can resolve them."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def in_both(program, *args, rtol=1e-4, atol=1e-5):
     """Both libraries give the same numbers."""
     results = []
@@ -53,7 +61,7 @@ def spiral(library, adjoint):
         starts = torch.randint(0, len(t) - 10, (20,))
         target = torch.stack([truth[starts + i] for i in range(10)])
         optimizer.zero_grad()
-        prediction = odeint(field, truth[starts], t[:10], rtol=1e-5, atol=1e-6)
+        prediction = odeint(field, truth[starts], t[:10], rtol=1e-8, atol=1e-10)
         loss = torch.mean(torch.abs(prediction - target))
         loss.backward()
         optimizer.step()
@@ -196,7 +204,7 @@ def test_latent_ode():
         _, hidden = encoder(data.permute(1, 0, 2).flip(0))
         mean, log_variance = head(hidden[0]).chunk(2, 1)
         z0 = torch.randn_like(mean) * torch.exp(0.5 * log_variance) + mean
-        z = library.odeint(field, z0, times, rtol=1e-5, atol=1e-6).permute(1, 0, 2)
+        z = library.odeint(field, z0, times, rtol=1e-8, atol=1e-10).permute(1, 0, 2)
         loss = (decoder(z) - data).pow(2).mean()
         forward = field.nfe
         loss.backward()
@@ -235,11 +243,11 @@ def test_ode_block_of_a_classifier(adjoint):
             super().__init__()
             self.solve = library.odeint_adjoint if adjoint else library.odeint
             self.field = field
-            self.integration_time = torch.tensor([0, 1]).float()
+            self.integration_time = torch.tensor([0.0, 1.0])
 
         def forward(self, x):
             self.integration_time = self.integration_time.type_as(x)
-            return self.solve(self.field, x, self.integration_time, rtol=1e-4, atol=1e-4)[1]
+            return self.solve(self.field, x, self.integration_time, rtol=1e-7, atol=1e-8)[1]
 
     def program(library):
         model = nn.Sequential(
